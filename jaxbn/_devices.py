@@ -1,0 +1,112 @@
+"""Named axes: what the devices that share one batch say to each other.
+
+Every difference between JAX versions, and between `shard_map`, `pmap` and
+`vmap(axis_name=...)`, is met in this file.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+AxisName = Hashable | tuple[Hashable, ...] | None
+Groups = tuple[tuple[int, ...], ...] | None
+
+
+def check_axis_name(axis_name: Any, groups: Any) -> tuple[AxisName, Groups]:
+    """Both as hashable values; names that are unbound or doubled are refused."""
+    if axis_name is None:
+        if groups is not None:
+            raise ValueError("`axis_index_groups` needs `axis_name`; got None")
+        return None, None
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if len(set(names)) < len(names):
+        # JAX 0.11 and 0.12 abort the process on a doubled name.
+        raise ValueError(f"`axis_name` must name each axis once; got {axis_name!r}")
+    for name in names:
+        _check_bound(name)
+    return names, _check_groups(groups, lax.axis_size(names))
+
+
+def _check_bound(name: Hashable) -> None:
+    try:
+        lax.axis_size(name)
+    except NameError:
+        bound = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        raise ValueError(
+            f"`axis_name` {name!r} is not bound here; it must be an axis of the "
+            f"surrounding shard_map, vmap or pmap (shard_map binds {bound})"
+        ) from None
+
+
+def _check_groups(groups: Sequence[Sequence[int]] | None, size: int) -> Groups:
+    if groups is None:
+        return None
+    groups = tuple(tuple(int(i) for i in group) for group in groups)
+    members = sorted(i for group in groups for i in group)
+    if members != list(range(size)) or len({len(group) for group in groups}) != 1:
+        raise ValueError(
+            f"`axis_index_groups` must be groups of one size that hold each of the "
+            f"{size} indices of `axis_name` once; got {groups}"
+        )
+    return groups
+
+
+def group_size(axis_name: AxisName, groups: Groups) -> int:
+    """How many devices share one batch."""
+    if axis_name is None:
+        return 1
+    return len(groups[0]) if groups else lax.axis_size(axis_name)
+
+
+def gather(value: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+    """The values of the devices that share this one's batch, stacked in front.
+
+    A sum of one-hot tables: one all-reduce, a result that is typed as equal on all
+    devices (that of `lax.all_gather` is not), and groups under every transformation
+    (natively they fail under vmap and under shard_map's check_vma).
+    """
+    index = lax.axis_index(axis_name)
+    rows = jnp.arange(lax.axis_size(axis_name)).reshape((-1,) + (1,) * value.ndim)
+    table = lax.psum(jnp.where(rows == index, value[None], 0), axis_name)
+    if groups is None:
+        return table
+    group_of = {i: k for k, group in enumerate(groups) for i in group}
+    mine = jnp.array([groups[group_of[i]] for i in range(len(group_of))])[index]
+    return table[mine]
+
+
+def group_sum(value: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+    """The sum of `value` over the devices that share one batch."""
+    if axis_name is None:
+        return value
+    if groups is None:
+        return lax.psum(value, axis_name)
+    return gather(value, axis_name, groups).sum(0)
+
+
+def vary_together(axis_name: AxisName, *arrays: Any) -> tuple[Any, ...]:
+    """Casts `arrays` (None stays None) to one set of device-varying axes.
+
+    Under shard_map's check_vma a derivative rule must return cotangents that vary as
+    its arguments do. When all arguments vary over the same axes, local cotangents are
+    right, and JAX transposes these casts into the sums over devices.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else ()
+    # An axis of vmap, of pmap or without check_vma has no such type.
+    varying = {name for name in names if name in _varying(lax.axis_index(name))}
+    varying = varying.union(*(_varying(a) for a in arrays if a is not None))
+
+    def cast(array):
+        missing = varying - _varying(array)
+        if not missing:
+            return array
+        return lax.pcast(array, tuple(sorted(missing)), to="varying")
+
+    return tuple(None if a is None else cast(a) for a in arrays)
+
+
+def _varying(array: Any) -> frozenset[Any]:
+    return jax.typeof(array).manual_axis_type.varying

@@ -1,0 +1,192 @@
+"""Moments of a batch: masks, several devices and exact merging, here and nowhere else.
+
+Plain JAX, differentiable, and stable: the variance is the mean of |x - mean|^2, taken
+in a second pass over x, never E[x^2] - E[x]^2.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _devices, _shapes
+
+
+class Moments(NamedTuple):
+    """How many elements were counted, their mean and their biased variance.
+
+    Attributes:
+        num_elements: Per feature, a scalar or `(features,)`, real.
+        mean: `(features,)`, at least float32; complex where x is.
+        var: `(features,)`, the mean of |x - mean|^2, real.
+    """
+
+    num_elements: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+
+def batch_moments(
+    x: Any,
+    *,
+    axis: _shapes.Axis = -1,
+    mask: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+) -> Moments:
+    """Count, mean and biased variance per feature, over all other axes.
+
+    Equivalent to `jnp.mean` and `jnp.var` (with `where=mask`), except that float16 and
+    bfloat16 are reduced in float32, that nothing to count gives zeros instead of NaN,
+    and that values under the mask never matter, NaN included.
+
+    With `axis_name` the devices' counts, means and variances travel in one all-reduce,
+    as the rows of a table, and are merged exactly (Chan, Golub & LeVeque 1979) with
+    weights equal to the counts. A sum of squares would need as few collectives but
+    cancels (at mean/std = 1e4 the variance is wrong by a factor of ten); a second
+    all-reduce around the common mean is as exact as the table, which was chosen for
+    having one latency instead of two. A table has (devices, 3, features) entries.
+
+    Args:
+        x: Floating point or complex, of any rank >= 1.
+        axis: The feature axis or axes; statistics have their shape, ascending.
+        mask: Boolean, of x's rank, broadcasting to x; True where an element counts.
+        axis_name: The named axes whose devices share one batch.
+        axis_index_groups: Groups of indices on `axis_name`, each a batch of its own.
+
+    Returns:
+        `Moments`; differentiable with respect to x in both modes.
+
+    Raises:
+        ValueError: An axis is out of range or doubled, `mask` does not broadcast, or
+            `axis_name` is not bound.
+        TypeError: x or `mask` has the wrong dtype.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0], [7.0, jnp.nan]])
+        >>> mask = jnp.array([[True], [True], [False]])
+        >>> n, mean, var = jaxbn.batch_moments(x, mask=mask)
+        >>> print(n, mean, var)
+        2.0 [ 2. 20.] [  1. 100.]
+    """
+    x = _shapes.check_x(x)
+    features = _shapes.feature_axes(axis, x.ndim)
+    mask = _shapes.check_mask(mask, x)
+    names, groups = _devices.check_axis_name(axis_name, axis_index_groups)
+    return moments(x, mask, features, names, groups)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """The moments of two sets of elements together, from the moments of each.
+
+    Equivalent to `batch_moments` of the concatenated data. A side that counted nothing
+    leaves the other as it is; nothing on both sides gives zeros.
+
+    Args:
+        a: Moments of shape `(features,)`.
+        b: Moments of the same shape and dtypes.
+
+    Returns:
+        The merged moments; their variance is biased, as in `batch_moments`.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.arange(10.0).reshape(5, 2)
+        >>> parts = jaxbn.batch_moments(x[:2]), jaxbn.batch_moments(x[2:])
+        >>> print(jaxbn.merge_moments(*parts).var, jaxbn.batch_moments(x).var)
+        [8. 8.] [8. 8.]
+
+    Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for
+    computing sample variances", 1979.
+    """
+    if jnp.shape(a.mean) != jnp.shape(b.mean) or jnp.shape(a.var) != jnp.shape(b.var):
+        raise ValueError(
+            "`a` and `b` must have moments of one shape; got means of shape "
+            f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
+        )
+    return _merge(jnp.stack([_rows(a), _rows(b)]))
+
+
+def moments(
+    x: jax.Array,
+    mask: jax.Array | None,
+    features: tuple[int, ...],
+    axis_name: _devices.AxisName,
+    groups: _devices.Groups,
+) -> Moments:
+    """`batch_moments` of arguments that were checked."""
+    local = _local_moments(x, mask, features)
+    if axis_name is None:
+        return local
+    return _merge(_devices.gather(_rows(local), axis_name, groups))
+
+
+def _local_moments(
+    x: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
+) -> Moments:
+    reduced = _shapes.reduction_axes(features, x.ndim)
+    x = x.astype(_shapes.accumulation_dtype(x.dtype))
+    num_elements = _count(x, mask, features)
+    divisor = jnp.maximum(num_elements, 1)
+    mean = zero_masked(x, mask).sum(reduced) / divisor.astype(x.dtype)
+    centered = zero_masked(x - _shapes.expand(mean, features, x.ndim), mask)
+    return Moments(num_elements, mean, abs_squared(centered).sum(reduced) / divisor)
+
+
+def _count(
+    x: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
+) -> jax.Array:
+    """Counted elements per feature, a scalar where all features share the mask."""
+    reduced = _shapes.reduction_axes(features, x.ndim)
+    dtype = _shapes.real_dtype(x.dtype)
+    if mask is None:
+        return jnp.full((), math.prod(x.shape[i] for i in reduced), dtype)
+    repeated = [x.shape[i] for i in reduced if mask.shape[i] != x.shape[i]]
+    # In int32: a float32 sum of ones stops growing at 2**24.
+    count = mask.sum(reduced, dtype=jnp.int32).astype(dtype) * math.prod(repeated)
+    if all(n == 1 for n in count.shape):
+        return count.reshape(())
+    return jnp.broadcast_to(count, [x.shape[i] for i in features])
+
+
+def _rows(m: Moments) -> jax.Array:
+    """Moments as one array (3, features), to travel in one collective."""
+    dtype = m.mean.dtype
+    rows = jnp.broadcast_to(m.num_elements, m.mean.shape), m.mean, m.var
+    return jnp.stack([row.astype(dtype) for row in rows])
+
+
+def _merge(rows: jax.Array) -> Moments:
+    """Moments of the union, from `_rows` of disjoint parts stacked in front."""
+    num_elements, mean, var = rows.real[:, 0], rows[:, 1], rows.real[:, 2]
+    total = num_elements.sum(0, keepdims=True)
+    weight = num_elements / jnp.maximum(total, 1)
+    mean = jnp.where(num_elements > 0, mean, 0)
+    rough = _weighted_sum(weight, mean)
+    # The rounding error of a weighted mean is of the size of the mean; that of this
+    # correction, of the size of the differences.
+    merged = rough + _weighted_sum(weight, mean - rough)
+    var = jnp.where(num_elements > 0, var + abs_squared(mean - merged), 0)
+    return Moments(total[0], merged[0], _weighted_sum(weight, var)[0])
+
+
+def _weighted_sum(weight: jax.Array, values: jax.Array) -> jax.Array:
+    return (weight.astype(values.dtype) * values).sum(0, keepdims=True)
+
+
+def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """X with zeros where the mask is False; before any product, as 0 * NaN is NaN."""
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
+def abs_squared(x: jax.Array) -> jax.Array:
+    """|x|^2, real, and differentiable at 0 for complex x too."""
+    if jnp.iscomplexobj(x):
+        return lax.square(x.real) + lax.square(x.imag)
+    return lax.square(x)

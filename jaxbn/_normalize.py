@@ -1,0 +1,314 @@
+"""The kernel: y = (x - mean) rstd scale + bias, and its only derivative rule.
+
+With n elements per feature, rstd = (var + epsilon)^(-1/2), x_hat = (x - mean) rstd and
+g the cotangent of y, the document's six backward steps (batch-norm-formulas) are
+
+    dbias  = sum g                     dscale = sum g x_hat                     (1, 2)
+    dx_hat = scale g                                                               (3)
+    dvar   = sum dx_hat (x - mean) (-1/2) rstd^3 = -1/2 scale rstd^2 dscale        (4)
+    dmean  = -rstd sum dx_hat + dvar (-2/n) sum (x - mean) = -scale rstd dbias     (5)
+    dx     = dx_hat rstd + dvar 2 (x - mean) / n + dmean / n                       (6)
+
+In (5) `sum (x - mean)` is 0. With a = scale rstd put into (6) they collapse into
+
+    dx = a g - (a dbias) / n - (a dscale) x_hat / n
+
+g less its projections on 1 and on x_hat, the two directions that a batch norm cannot
+see. Over several devices both sums are global; scale stands inside them, as it may
+differ from device to device, while dscale and dbias stay local (`vary_together` makes
+JAX sum them where a parameter is replicated). For complex x, where var is real, x_hat
+in dx is conjugated and its factor is Re(a dscale).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _devices, _shapes
+from jaxbn._moments import Moments, moments, zero_masked
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is static in one batch norm; `dtype` is that of y, None for that of x."""
+
+    features: tuple[int, ...]
+    epsilon: float
+    axis_name: _devices.AxisName = None
+    groups: _devices.Groups = None
+    dtype: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What `backward` needs: x in its own dtype, the mask, and per-feature vectors."""
+
+    x: jax.Array
+    scale: jax.Array | None
+    mask: jax.Array | None
+    moments: Moments
+    bias_dtype: Any = dataclasses.field(metadata={"static": True})
+    config: Config = dataclasses.field(metadata={"static": True})
+
+
+def normalize(
+    x: Any,
+    mean: Any,
+    var: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    epsilon: float = 1e-5,
+    axis: _shapes.Axis = -1,
+    mask: Any = None,
+) -> jax.Array:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, with the moments given.
+
+    This is batch norm in inference, and frozen batch norm. Equivalent to
+    `jax.nn.standardize` with `mean` and `variance` given, then scale and bias, except
+    that the arithmetic is in float32 at least and masked elements give 0.
+
+    Args:
+        x: Floating point or complex, of any rank >= 1.
+        mean: One entry per feature; complex only where x is.
+        var: The biased variance, real, of the same shape.
+        scale: Of the same shape, or None.
+        bias: Of the same shape, or None.
+        epsilon: Added to `var`; in the squared unit of x.
+        axis: The feature axis or axes.
+        mask: Boolean, of x's rank, broadcasting to x; y is 0 where it is False.
+
+    Returns:
+        y, with the shape and dtype of x. Plain JAX: differentiable in every argument,
+        mean and var too, in reverse and forward mode.
+
+    Raises:
+        ValueError: A shape does not fit x, or `epsilon` is not positive.
+        TypeError: A dtype does not fit, or `epsilon` is traced.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> y = jaxbn.normalize(x, jnp.array([2.0, 20.0]), jnp.array([1.0, 100.0]))
+        >>> print(y.round(3))
+        [[-1. -1.]
+         [ 1.  1.]]
+
+    Source: Ioffe & Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
+    """
+    x, scale, bias, mask, config = check_arguments(x, scale, bias, mask, epsilon, axis)
+    mean = _shapes.check_per_feature("mean", mean, x, config.features)
+    var = _shapes.check_per_feature("var", var, x, config.features)
+    if mean is None or var is None:
+        raise TypeError("`mean` and `var` must be arrays; got None")
+    return affine(config, x, mean, var, scale, bias, mask)
+
+
+def forward(
+    x: Any,
+    scale: Any,
+    bias: Any,
+    *,
+    epsilon: float = 1e-5,
+    axis: _shapes.Axis = -1,
+    mask: Any = None,
+) -> tuple[jax.Array, Cache]:
+    """The document's `batchnorm_forward` in training mode, pure.
+
+    Args:
+        x: Floating point or complex, of any rank >= 1.
+        scale: One entry per feature, or None.
+        bias: One entry per feature, or None.
+        epsilon: Added to the variance; in the squared unit of x.
+        axis: The feature axis or axes.
+        mask: Boolean, of x's rank, broadcasting to x; True where an element counts.
+
+    Returns:
+        y, with the shape and dtype of x, and the cache that `backward` takes, a
+        pytree: both functions can be jitted. The running statistics are not here but
+        in `batch_norm`, which is this pair as one differentiable function.
+
+    Raises:
+        ValueError: A shape does not fit x, `epsilon` is not positive, or there is one
+            element per feature.
+        TypeError: A dtype does not fit, or `epsilon` is traced.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+        >>> y, cache = jaxbn.forward(x, jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
+        >>> print(y.round(3))
+        [[-1. -1.]
+         [ 1.  3.]]
+
+    Source: batch-norm-formulas, "forward pass"; Ioffe & Szegedy 2015, algorithm 1.
+    """
+    x, scale, bias, mask, config = check_arguments(x, scale, bias, mask, epsilon, axis)
+    _shapes.check_count(x, config.features, 1, "`forward`")
+    return _forward(config, x, scale, bias, mask)
+
+
+def backward(
+    dy: Any, cache: Cache
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The document's `batchnorm_backward`, its six steps in one (see the module).
+
+    Args:
+        dy: The cotangent of y, of its shape.
+        cache: What `forward` returned beside y.
+
+    Returns:
+        dx, dscale and dbias, each with the dtype of what it is the gradient of; None
+        for a scale or bias that was None. dx is 0 under the mask.
+
+    Raises:
+        ValueError: `dy` does not have the shape of y.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0], [2.0], [6.0]])
+        >>> y, cache = jaxbn.forward(x, jnp.ones(1), jnp.zeros(1))
+        >>> dx, dscale, dbias = jaxbn.backward(jnp.array([[1.0], [0.0], [0.0]]), cache)
+        >>> print(dx.round(3).T, dscale.round(3), dbias)
+        [[ 0.132 -0.165  0.033]] [-0.926] [1.]
+
+    Source: batch-norm-formulas, "backward pass"; Ioffe & Szegedy 2015, section 3.
+    """
+    config, x, mask = cache.config, cache.x, cache.mask
+    if jnp.shape(dy) != x.shape:
+        raise ValueError(
+            f"`dy` must have the shape of y, {x.shape}; got {jnp.shape(dy)}"
+        )
+    reduced = _shapes.reduction_axes(config.features, x.ndim)
+    dtype = _shapes.accumulation_dtype(x.dtype)
+    num_elements, mean, var = cache.moments
+    # Each use of x - mean has a mean of its own, behind a barrier: XLA would take them
+    # for one array, and write it out.
+    mean, rstd = lax.optimization_barrier((mean, _rstd(var, config.epsilon, dtype)))
+    expand = functools.partial(_shapes.expand, features=config.features, ndim=x.ndim)
+    g = zero_masked(jnp.asarray(dy).astype(dtype), mask)
+    centered = _centered(config, x, mean, mask)
+
+    dbias = g.sum(reduced)
+    dscale = (g * centered).sum(reduced) * rstd
+
+    a = rstd if cache.scale is None else rstd * _cast(cache.scale, dtype)
+    sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
+    sums = _devices.group_sum(sums, config.axis_name, config.groups)
+    divisor = jnp.maximum(num_elements, 1).astype(dtype)
+    on_one, on_x_hat = (total / divisor for total in sums)
+    mean, on_x_hat = lax.optimization_barrier((mean, on_x_hat))
+    centered = _centered(config, x, mean, mask).conj()
+    dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * centered
+    return (
+        # Rounded once: bfloat16 parts that are added up lose 4 % where it matters.
+        zero_masked(dx, mask).astype(x.dtype),
+        None if cache.scale is None else _cast(dscale, cache.scale.dtype),
+        None if cache.bias_dtype is None else _cast(dbias, cache.bias_dtype),
+    )
+
+
+def normalize_batch(
+    config: Config, derivative: str, x: Any, scale: Any, bias: Any, mask: Any
+) -> tuple[jax.Array, Moments]:
+    """Normalizes x by its own moments; these come back as constants, for the state."""
+    x, scale, bias, mask = _devices.vary_together(
+        config.axis_name, x, scale, bias, mask
+    )
+    rule = _analytic if derivative == "vjp" else _native
+    y, batch = rule(config, x, scale, bias, mask)
+    return y, lax.stop_gradient(batch)
+
+
+def check_arguments(
+    x: Any, scale: Any, bias: Any, mask: Any, epsilon: Any, axis: _shapes.Axis
+) -> tuple[jax.Array, Any, Any, Any, Config]:
+    """The arguments that every batch norm has, as arrays that fit, and the Config."""
+    x = _shapes.check_x(x)
+    config = Config(_shapes.feature_axes(axis, x.ndim), _shapes.check_epsilon(epsilon))
+    scale = _shapes.check_per_feature("scale", scale, x, config.features)
+    bias = _shapes.check_per_feature("bias", bias, x, config.features)
+    return x, scale, bias, _shapes.check_mask(mask, x), config
+
+
+def affine(
+    config: Config, x: Any, mean: Any, var: Any, scale: Any, bias: Any, mask: Any
+) -> jax.Array:
+    """`normalize` of arguments that were checked."""
+    dtype = _shapes.accumulation_dtype(x.dtype)
+    a = _rstd(var, config.epsilon, dtype)
+    a = a if scale is None else a * _cast(scale, dtype)
+    # Kept apart from the x - mean of the variance, which would else be written out.
+    mean, a = lax.optimization_barrier((mean, a))
+    y = _centered(config, x, mean, mask) * _shapes.expand(a, config.features, x.ndim)
+    if bias is not None:
+        y = y + _shapes.expand(_cast(bias, dtype), config.features, x.ndim)
+    return zero_masked(y, mask).astype(config.dtype or x.dtype)
+
+
+def _centered(config: Config, x: jax.Array, mean: Any, mask: Any) -> jax.Array:
+    dtype = _shapes.accumulation_dtype(x.dtype)
+    mean = _shapes.expand(mean.astype(dtype), config.features, x.ndim)
+    return zero_masked(x.astype(dtype) - mean, mask)
+
+
+def _rstd(var: jax.Array, epsilon: float, dtype: Any) -> jax.Array:
+    return lax.rsqrt(_cast(var, _shapes.real_dtype(dtype)) + epsilon).astype(dtype)
+
+
+def _cast(per_feature: jax.Array, dtype: Any) -> jax.Array:
+    """To `dtype`, by way of the real part where only that one is complex."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return per_feature.astype(dtype)
+    return per_feature.real.astype(dtype)
+
+
+def _forward(
+    config: Config, x: Any, scale: Any, bias: Any, mask: Any
+) -> tuple[jax.Array, Cache]:
+    batch = moments(x, mask, config.features, config.axis_name, config.groups)
+    y = affine(config, x, batch.mean, batch.var, scale, bias, mask)
+    bias_dtype = None if bias is None else bias.dtype
+    return y, Cache(x, scale, mask, batch, bias_dtype, config)
+
+
+# The rule wraps the whole map from x, so that the moments are computed inside it:
+# handed in as constants they would make every second derivative silently wrong.
+def _normalize_batch(config, x, scale, bias, mask):
+    y, cache = _forward(config, x, scale, bias, mask)
+    return y, cache.moments
+
+
+def _normalize_batch_fwd(config, x, scale, bias, mask):
+    y, cache = _forward(config, x, scale, bias, mask)
+    return (y, cache.moments), cache
+
+
+def _normalize_batch_bwd(config, cache, cotangents):
+    del config  # in the cache
+    dy, _ = cotangents  # the moments leave as constants: `normalize_batch`
+    return *backward(dy, cache), None
+
+
+_analytic = jax.custom_vjp(_normalize_batch, nondiff_argnums=(0,))
+_analytic.defvjp(_normalize_batch_fwd, _normalize_batch_bwd)
+
+
+def _native(config, x, scale, bias, mask):
+    """The same numbers by JAX's own differentiation, which has forward mode too."""
+
+    @jax.checkpoint
+    def stage_moments(x):
+        return moments(x, mask, config.features, config.axis_name, config.groups)
+
+    @jax.checkpoint
+    def stage_affine(x, batch, scale, bias):
+        return affine(config, x, batch.mean, batch.var, scale, bias, mask)
+
+    batch = stage_moments(x)
+    return stage_affine(x, batch, scale, bias), batch

@@ -1,0 +1,199 @@
+"""Axes, dtypes and every check on arguments: what is wrong is said here, once."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+Axis = int | Sequence[int]
+
+
+def accumulation_dtype(dtype: DTypeLike) -> Any:
+    """The dtype arithmetic is done in: that of x, but at least 32 bits a number."""
+    # Not promote_types: under strict promotion promote_types(bfloat16, float32) raises.
+    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
+
+
+def real_dtype(dtype: DTypeLike) -> Any:
+    """float32 for complex64, float64 for complex128, else the dtype itself."""
+    return jnp.finfo(dtype).dtype
+
+
+def feature_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """`axis` as ascending non-negative numbers."""
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    if not all(isinstance(i, int | np.integer) for i in axes) or isinstance(axis, str):
+        raise TypeError(f"`axis` must be an int or a tuple of ints; got {axis!r}")
+    if not all(-ndim <= i < ndim for i in axes):
+        raise ValueError(
+            f"`axis` must lie in [{-ndim}, {ndim}) for x of rank {ndim}; got {axis!r}"
+        )
+    positive = sorted(int(i) % ndim for i in axes)
+    if len(set(positive)) < len(positive):
+        raise ValueError(
+            f"`axis` must name each axis of x once; got {axis!r} for rank {ndim}"
+        )
+    return tuple(positive)
+
+
+def reduction_axes(features: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The axes that statistics are taken over: all but the feature axes."""
+    return tuple(i for i in range(ndim) if i not in features)
+
+
+def expand(per_feature: jax.Array, features: tuple[int, ...], ndim: int) -> jax.Array:
+    """A scalar or per-feature array, shaped to broadcast against x of rank `ndim`."""
+    if per_feature.ndim == 0:
+        return per_feature.reshape((1,) * ndim)
+    return jnp.expand_dims(per_feature, reduction_axes(features, ndim))
+
+
+def check_x(x: Any) -> jax.Array:
+    """x as an array of floating-point or complex numbers with at least one axis."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(f"`x` must be floating point or complex; got dtype {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("`x` must have at least one axis, the features; got a scalar")
+    return x
+
+
+def check_per_feature(
+    name: str, value: Any, x: jax.Array, features: tuple[int, ...]
+) -> jax.Array | None:
+    """`value` (None stays None) as an array with one entry per feature of x."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    needed = tuple(x.shape[i] for i in features)
+    if value.shape != needed:
+        on = f"axis {features[0] - x.ndim}" if len(features) == 1 else f"axes {features}"
+        raise ValueError(
+            f"`{name}` must have shape {needed}, one entry per feature on {on} of x "
+            f"with shape {x.shape}; got {value.shape}"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(f"`{name}` must be floating point; got dtype {value.dtype}")
+    if jnp.iscomplexobj(value) and (name == "var" or not jnp.iscomplexobj(x)):
+        raise TypeError(
+            f"`{name}` must be real for x of dtype {x.dtype}; got {value.dtype}"
+        )
+    return value
+
+
+def check_mask(mask: Any, x: jax.Array) -> jax.Array | None:
+    """`mask` (None stays None) as a boolean array of x's rank that broadcasts to x."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"`mask` must be boolean, True where an element counts; got dtype "
+            f"{mask.dtype} (write mask.astype(bool))"
+        )
+    fits = mask.ndim == x.ndim and all(
+        m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
+    )
+    if not fits:
+        hint = " (for one entry per row write mask[:, None])" if mask.ndim == 1 else ""
+        raise ValueError(
+            f"`mask` must have the rank of x and broadcast to its shape {x.shape}; "
+            f"got {mask.shape}{hint}"
+        )
+    return mask
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` as a Python float; a tracer is refused."""
+    if isinstance(value, jax.core.Tracer) or isinstance(value, bool | str):
+        raise TypeError(f"`{name}` must be a Python number, known when tracing; got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a number; got {value!r}") from None
+
+
+def check_epsilon(epsilon: Any) -> float:
+    """`epsilon` as a positive, finite Python float."""
+    number = check_number("epsilon", epsilon)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"`epsilon` must be positive and finite; got {number}")
+    return number
+
+
+def check_momentum(momentum: Any) -> Any:
+    """`momentum` as it came: None, a traced scalar, or a number in [0, 1]."""
+    if momentum is None:
+        return None
+    if isinstance(momentum, jax.core.Tracer):
+        if momentum.shape != () or not jnp.issubdtype(momentum.dtype, jnp.floating):
+            raise TypeError(
+                "`momentum` must be a floating-point scalar; got "
+                f"{momentum.dtype} of shape {momentum.shape}"
+            )
+        return momentum
+    number = check_number("momentum", momentum)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            "`momentum`, the share of the old value that is kept, must lie in [0, 1]; "
+            f"got {number}"
+        )
+    return number
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value`, one of the words in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        words = " or ".join(f'"{word}"' for word in choices)
+        raise ValueError(f"`{name}` must be {words}; got {value!r}")
+    return value
+
+
+def check_static_bool(name: str, value: Any) -> bool:
+    """`value`, a Python bool: two programs hang on it, so it cannot be traced."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"`{name}` must be a Python bool, True or False; got {value!r} (make it "
+            f'static: jax.jit(f, static_argnames="{name}") or functools.partial)'
+        )
+    return bool(value)
+
+
+def check_count(
+    x: jax.Array, features: tuple[int, ...], devices: int, where: str
+) -> None:
+    """Refuses a training batch with one element per feature, over all devices."""
+    count = devices * math.prod(x.shape[i] for i in reduction_axes(features, x.ndim))
+    if isinstance(count, int) and count == 1:
+        raise ValueError(
+            f"{where} needs more than one element per feature, since the mean of one "
+            f"element is itself; got x with shape {x.shape} and features on "
+            f"{features} (under vmap or shard_map, name the batch axis: `axis_name`)"
+        )
+
+
+def check_num_features(num_features: Any) -> tuple[int, ...]:
+    """`num_features`, an int or a sequence of them, as a tuple."""
+    many = isinstance(num_features, Sequence) and not isinstance(num_features, str)
+    shape = tuple(num_features) if many else (num_features,)
+    if not all(isinstance(n, int | np.integer) for n in shape):
+        raise TypeError(
+            f"`num_features` must be an int or a tuple of ints; got {num_features!r}"
+        )
+    if not all(n >= 0 for n in shape):
+        raise ValueError(f"`num_features` must not be negative; got {num_features!r}")
+    return tuple(int(n) for n in shape)
+
+
+def check_param_dtype(param_dtype: Any) -> Any:
+    """`param_dtype`, floating point or complex, as JAX's configuration has it."""
+    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"`param_dtype` must be floating point or complex; got {dtype}"
+        )
+    return dtype

@@ -1,0 +1,166 @@
+"""Batch norm as a Flax Linen module; the arithmetic is in `jaxbn.batch_norm`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+
+from jaxbn import _flax_rules, _shapes
+from jaxbn._batch_norm import Params, apply_batch_norm
+from jaxbn._running import State, new_state
+
+
+class BatchNorm(nn.Module):
+    """Drop-in for `flax.linen.BatchNorm`: same fields, variables, dtypes and names.
+
+    What differs: the variance is always the stable one, so that `use_fast_variance` has
+    nothing to choose; a mask is right over several devices, zeroes y where it is False
+    and lets no NaN through, also into gradients; a batch that is empty, fully masked
+    or not finite leaves the running statistics alone; these keep their dtype and are
+    not differentiated; a training batch with one element per feature is an error.
+    `batch_stats` holds `mean` and `var`, and `num_updates` where `momentum` is None or
+    `debias` is set. Checkpoints of models with `flax.linen.BatchNorm` load unchanged.
+
+    Attributes:
+        use_running_average: Whether to normalize by the running statistics (inference)
+            or by the batch (training). Given here or in the call, once; a Python bool.
+        axis: The feature axis or axes of x.
+        momentum: The share of the old running statistics that is kept, in [0, 1]. None
+            is the average over all updates so far.
+        epsilon: Added to the variance; in the squared unit of x.
+        dtype: Of y; None is that of x, scale and bias together.
+        param_dtype: Of scale and bias.
+        use_bias: Whether there is a bias.
+        use_scale: Whether there is a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Named axes whose devices share one batch.
+        axis_index_groups: Groups of indices on `axis_name`, each a batch of its own.
+        use_fast_variance: Accepted for Flax's sake. There is nothing to choose.
+        force_float32_reductions: If False, running statistics are kept in
+            `param_dtype`. Reductions are in float32 at least in any case.
+        running_variance: "biased", or "unbiased" with n - 1 (PyTorch).
+        debias: The first updates average, until `momentum` keeps less, so that the
+            statistics are never drawn towards their initial values.
+        derivative: "vjp" is the analytic rule; "jvp" gives forward mode too.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxbn.linen import BatchNorm
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> norm = BatchNorm(momentum=0.9)
+        >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
+        >>> y, updates = norm.apply(
+        ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+        ... )
+        >>> print(y.round(3), updates["batch_stats"]["mean"].round(3))
+        [[-1. -1.]
+         [ 1.  1.]] [0.2 2. ]
+
+    Source: Ioffe & Szegedy, "Batch Normalization", 2015.
+    """
+
+    use_running_average: bool | None = None
+    axis: Any = -1
+    momentum: Any = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Any = initializers.zeros
+    scale_init: Any = initializers.ones
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    running_variance: str = "biased"
+    debias: bool = False
+    derivative: str = "vjp"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+    ) -> jax.Array:
+        """Normalizes x, and in training moves the running statistics.
+
+        While the module is initializing, the running statistics stay as they are,
+        `axis_name` need not be bound, and a batch of one is fine.
+
+        Args:
+            x: Of any rank >= 1; integers are promoted to float32.
+            use_running_average: As the field, where that is None.
+            mask: True where an element counts; broadcasts to x as in NumPy.
+
+        Returns:
+            y, with the shape of x; 0 where the mask is False.
+
+        Raises:
+            ValueError: `use_running_average` is given twice or never, or as for
+                `jaxbn.batch_norm`.
+            TypeError: `use_running_average` is traced, or as for `jaxbn.batch_norm`.
+        """
+        use_running_average = _shapes.check_static_bool(
+            "use_running_average",
+            nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            ),
+        )
+        x = _flax_rules.promote(x, self.dtype)
+        features = _shapes.feature_axes(self.axis, x.ndim)
+        shape = tuple(x.shape[i] for i in features)
+        state, variables = self._running_statistics(shape, jnp.iscomplexobj(x))
+        params = Params(
+            self.param("scale", self.scale_init, shape, self.param_dtype)
+            if self.use_scale
+            else None,
+            self.param("bias", self.bias_init, shape, self.param_dtype)
+            if self.use_bias
+            else None,
+        )
+        dtype = _flax_rules.result_dtype(self.dtype, x, *params)
+        y, state = apply_batch_norm(
+            _flax_rules.promote(x, dtype),
+            params,
+            state,
+            train=not use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            axis=features,
+            mask=_flax_rules.broadcast_mask(mask, x),
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            running_variance=self.running_variance,
+            debias=self.debias,
+            derivative=self.derivative,
+            dtype=dtype,
+            initializing=self.is_initializing(),
+        )
+        if not use_running_average and not self.is_initializing():
+            for name, variable in variables.items():
+                variable.value = getattr(state, name)
+        return y
+
+    def _running_statistics(
+        self, shape: tuple[int, ...], is_complex: bool
+    ) -> tuple[State, dict[str, Any]]:
+        """The state, and the variables that hold it; the count only where needed."""
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        if is_complex:
+            dtype = jnp.complex64
+        initial = new_state(shape, dtype)
+        names = ["mean", "var"]
+        if self.momentum is None or self.debias:
+            names.append("num_updates")
+        variables = {
+            name: self.variable("batch_stats", name, getattr, initial, name)
+            for name in names
+        }
+        values = {name: variable.value for name, variable in variables.items()}
+        return initial._replace(**values), variables
