@@ -3,6 +3,7 @@
 The functions here know no framework; `jaxbn.linen` holds the Flax module.
 """
 
+from jaxbn._affine import normalize as normalize
 from jaxbn._batch_norm import Params as Params
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._batch_norm import init as init
@@ -11,5 +12,4 @@ from jaxbn._moments import batch_moments as batch_moments
 from jaxbn._moments import merge_moments as merge_moments
 from jaxbn._normalize import backward as backward
 from jaxbn._normalize import forward as forward
-from jaxbn._normalize import normalize as normalize
 from jaxbn._running import State as State

@@ -30,17 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
 
+    command: Parser = args.parser
+    if unknown:  # said by the command; `parse_args` would leave out its name
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return args.run(args)
     except (CommandError, OSError) as error:
-        args.parser.error(str(error))
+        command.error(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in DEMO:
             raise
-        args.parser.fail(
+        command.fail(
             f"{package} is not installed; run: pip install 'jaxbn[demo]'", status=1
         )
     except KeyboardInterrupt:  # before there was anything to keep

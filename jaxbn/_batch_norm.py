@@ -1,13 +1,13 @@
 """Batch norm as one function: parameters, running statistics and the kernel."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _devices, _normalize, _running, _shapes
+from jaxbn import _affine, _devices, _normalize, _running, _shapes
 from jaxbn._running import State
 
 
@@ -171,7 +171,7 @@ def apply_batch_norm(
     train = _shapes.check_static_bool("train", train)
     if not isinstance(params, Params):
         raise TypeError(f"`params` must be a jaxbn.Params; got {type(params).__name__}")
-    x, scale, bias, mask, config = _normalize.check_arguments(
+    x, scale, bias, mask, config = _affine.check_arguments(
         x, params.scale, params.bias, mask, epsilon, axis
     )
     state = _running.check_state(state, x, config.features)
@@ -182,7 +182,7 @@ def apply_batch_norm(
     _shapes.check_choice("derivative", derivative, ("vjp", "jvp"))
     config = dataclasses.replace(config, dtype=dtype)
     if not train:
-        y = _normalize.affine(config, x, state.mean, state.var, scale, bias, mask)
+        y = _affine.affine(config, x, state.mean, state.var, scale, bias, mask)
         return y, state
     if not initializing:
         names, groups = _devices.check_axis_name(axis_name, axis_index_groups)

@@ -103,7 +103,7 @@ def vary_together(axis_name: AxisName, *arrays: Any) -> tuple[Any, ...]:
         missing = varying - _varying(array)
         if not missing:
             return array
-        return lax.pcast(array, tuple(sorted(missing)), to="varying")
+        return lax.pcast(array, tuple(sorted(missing, key=str)), to="varying")
 
     return tuple(None if a is None else cast(a) for a in arrays)
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxbn import _shapes
 
 
-def result_dtype(dtype: Any, x: jax.Array, scale: Any, bias: Any) -> Any:
+def result_dtype(dtype: Any, x: Any, scale: Any, bias: Any) -> Any:
     """The dtype of y: the one asked for, else that of x, scale and bias together."""
     if dtype is not None:
         return jax.dtypes.canonicalize_dtype(dtype)
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+        result = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+        return result if jnp.issubdtype(result, jnp.inexact) else jnp.dtype(jnp.float32)
 
 
 def promote(x: Any, dtype: Any) -> jax.Array:

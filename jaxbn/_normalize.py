@@ -28,19 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _devices, _shapes
+from jaxbn import _affine, _devices, _shapes
+from jaxbn._affine import Config, affine, cast, check_arguments, rstd_of
 from jaxbn._moments import Moments, moments, zero_masked
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What is static in one batch norm; `dtype` is that of y, None for that of x."""
-
-    features: tuple[int, ...]
-    epsilon: float
-    axis_name: _devices.AxisName = None
-    groups: _devices.Groups = None
-    dtype: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -54,59 +44,6 @@ class Cache:
     moments: Moments
     bias_dtype: Any = dataclasses.field(metadata={"static": True})
     config: Config = dataclasses.field(metadata={"static": True})
-
-
-def normalize(
-    x: Any,
-    mean: Any,
-    var: Any,
-    scale: Any = None,
-    bias: Any = None,
-    *,
-    epsilon: float = 1e-5,
-    axis: _shapes.Axis = -1,
-    mask: Any = None,
-) -> jax.Array:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias, with the moments given.
-
-    This is batch norm in inference, and frozen batch norm. Equivalent to
-    `jax.nn.standardize` with `mean` and `variance` given, then scale and bias, except
-    that the arithmetic is in float32 at least and masked elements give 0.
-
-    Args:
-        x: Floating point or complex, of any rank >= 1.
-        mean: One entry per feature; complex only where x is.
-        var: The biased variance, real, of the same shape.
-        scale: Of the same shape, or None.
-        bias: Of the same shape, or None.
-        epsilon: Added to `var`; in the squared unit of x.
-        axis: The feature axis or axes.
-        mask: Boolean, of x's rank, broadcasting to x; y is 0 where it is False.
-
-    Returns:
-        y, with the shape and dtype of x. Plain JAX: differentiable in every argument,
-        mean and var too, in reverse and forward mode.
-
-    Raises:
-        ValueError: A shape does not fit x, or `epsilon` is not positive.
-        TypeError: A dtype does not fit, or `epsilon` is traced.
-
-    Examples:
-        >>> import jax.numpy as jnp, jaxbn
-        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-        >>> y = jaxbn.normalize(x, jnp.array([2.0, 20.0]), jnp.array([1.0, 100.0]))
-        >>> print(y.round(3))
-        [[-1. -1.]
-         [ 1.  1.]]
-
-    Source: Ioffe & Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
-    """
-    x, scale, bias, mask, config = check_arguments(x, scale, bias, mask, epsilon, axis)
-    mean = _shapes.check_per_feature("mean", mean, x, config.features)
-    var = _shapes.check_per_feature("var", var, x, config.features)
-    if mean is None or var is None:
-        raise TypeError("`mean` and `var` must be arrays; got None")
-    return affine(config, x, mean, var, scale, bias, mask)
 
 
 def forward(
@@ -148,7 +85,9 @@ def forward(
 
     Source: batch-norm-formulas, "forward pass"; Ioffe & Szegedy 2015, algorithm 1.
     """
-    x, scale, bias, mask, config = check_arguments(x, scale, bias, mask, epsilon, axis)
+    x, scale, bias, mask, config = _affine.check_arguments(
+        x, scale, bias, mask, epsilon, axis
+    )
     _shapes.check_count(x, config.features, 1, "`forward`")
     return _forward(config, x, scale, bias, mask)
 
@@ -189,27 +128,28 @@ def backward(
     num_elements, mean, var = cache.moments
     # Each use of x - mean has a mean of its own, behind a barrier: XLA would take them
     # for one array, and write it out.
-    mean, rstd = lax.optimization_barrier((mean, _rstd(var, config.epsilon, dtype)))
+    rstd = rstd_of(var, config.epsilon, dtype)
+    mean, rstd = lax.optimization_barrier((mean, rstd))
     expand = functools.partial(_shapes.expand, features=config.features, ndim=x.ndim)
     g = zero_masked(jnp.asarray(dy).astype(dtype), mask)
-    centered = _centered(config, x, mean, mask)
+    centered = _affine.centered(config, x, mean, mask)
 
     dbias = g.sum(reduced)
     dscale = (g * centered).sum(reduced) * rstd
 
-    a = rstd if cache.scale is None else rstd * _cast(cache.scale, dtype)
+    a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
     sums = _devices.group_sum(sums, config.axis_name, config.groups)
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
     mean, on_x_hat = lax.optimization_barrier((mean, on_x_hat))
-    centered = _centered(config, x, mean, mask).conj()
+    centered = _affine.centered(config, x, mean, mask).conj()
     dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * centered
     return (
         # Rounded once: bfloat16 parts that are added up lose 4 % where it matters.
         zero_masked(dx, mask).astype(x.dtype),
-        None if cache.scale is None else _cast(dscale, cache.scale.dtype),
-        None if cache.bias_dtype is None else _cast(dbias, cache.bias_dtype),
+        None if cache.scale is None else cast(dscale, cache.scale.dtype),
+        None if cache.bias_dtype is None else cast(dbias, cache.bias_dtype),
     )
 
 
@@ -223,49 +163,6 @@ def normalize_batch(
     rule = _analytic if derivative == "vjp" else _native
     y, batch = rule(config, x, scale, bias, mask)
     return y, lax.stop_gradient(batch)
-
-
-def check_arguments(
-    x: Any, scale: Any, bias: Any, mask: Any, epsilon: Any, axis: _shapes.Axis
-) -> tuple[jax.Array, Any, Any, Any, Config]:
-    """The arguments that every batch norm has, as arrays that fit, and the Config."""
-    x = _shapes.check_x(x)
-    config = Config(_shapes.feature_axes(axis, x.ndim), _shapes.check_epsilon(epsilon))
-    scale = _shapes.check_per_feature("scale", scale, x, config.features)
-    bias = _shapes.check_per_feature("bias", bias, x, config.features)
-    return x, scale, bias, _shapes.check_mask(mask, x), config
-
-
-def affine(
-    config: Config, x: Any, mean: Any, var: Any, scale: Any, bias: Any, mask: Any
-) -> jax.Array:
-    """`normalize` of arguments that were checked."""
-    dtype = _shapes.accumulation_dtype(x.dtype)
-    a = _rstd(var, config.epsilon, dtype)
-    a = a if scale is None else a * _cast(scale, dtype)
-    # Kept apart from the x - mean of the variance, which would else be written out.
-    mean, a = lax.optimization_barrier((mean, a))
-    y = _centered(config, x, mean, mask) * _shapes.expand(a, config.features, x.ndim)
-    if bias is not None:
-        y = y + _shapes.expand(_cast(bias, dtype), config.features, x.ndim)
-    return zero_masked(y, mask).astype(config.dtype or x.dtype)
-
-
-def _centered(config: Config, x: jax.Array, mean: Any, mask: Any) -> jax.Array:
-    dtype = _shapes.accumulation_dtype(x.dtype)
-    mean = _shapes.expand(mean.astype(dtype), config.features, x.ndim)
-    return zero_masked(x.astype(dtype) - mean, mask)
-
-
-def _rstd(var: jax.Array, epsilon: float, dtype: Any) -> jax.Array:
-    return lax.rsqrt(_cast(var, _shapes.real_dtype(dtype)) + epsilon).astype(dtype)
-
-
-def _cast(per_feature: jax.Array, dtype: Any) -> jax.Array:
-    """To `dtype`, by way of the real part where only that one is complex."""
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return per_feature.astype(dtype)
-    return per_feature.real.astype(dtype)
 
 
 def _forward(

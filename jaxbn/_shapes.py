@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Axis = int | Sequence[int]
@@ -53,7 +54,7 @@ def expand(per_feature: jax.Array, features: tuple[int, ...], ndim: int) -> jax.
 
 
 def check_x(x: Any) -> jax.Array:
-    """x as an array of floating-point or complex numbers with at least one axis."""
+    """The input as an array of inexact numbers with at least one axis."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"`x` must be floating point or complex; got dtype {x.dtype}")
@@ -71,7 +72,9 @@ def check_per_feature(
     value = jnp.asarray(value)
     needed = tuple(x.shape[i] for i in features)
     if value.shape != needed:
-        on = f"axis {features[0] - x.ndim}" if len(features) == 1 else f"axes {features}"
+        on = (
+            f"axis {features[0] - x.ndim}" if len(features) == 1 else f"axes {features}"
+        )
         raise ValueError(
             f"`{name}` must have shape {needed}, one entry per feature on {on} of x "
             f"with shape {x.shape}; got {value.shape}"
@@ -109,8 +112,10 @@ def check_mask(mask: Any, x: jax.Array) -> jax.Array | None:
 
 def check_number(name: str, value: Any) -> float:
     """`value` as a Python float; a tracer is refused."""
-    if isinstance(value, jax.core.Tracer) or isinstance(value, bool | str):
-        raise TypeError(f"`{name}` must be a Python number, known when tracing; got {value!r}")
+    if isinstance(value, Tracer | bool | str):
+        raise TypeError(
+            f"`{name}` must be a Python number, known when tracing; got {value!r}"
+        )
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -129,7 +134,7 @@ def check_momentum(momentum: Any) -> Any:
     """`momentum` as it came: None, a traced scalar, or a number in [0, 1]."""
     if momentum is None:
         return None
-    if isinstance(momentum, jax.core.Tracer):
+    if isinstance(momentum, Tracer):
         if momentum.shape != () or not jnp.issubdtype(momentum.dtype, jnp.floating):
             raise TypeError(
                 "`momentum` must be a floating-point scalar; got "
@@ -178,8 +183,8 @@ def check_count(
 
 def check_num_features(num_features: Any) -> tuple[int, ...]:
     """`num_features`, an int or a sequence of them, as a tuple."""
-    many = isinstance(num_features, Sequence) and not isinstance(num_features, str)
-    shape = tuple(num_features) if many else (num_features,)
+    many = isinstance(num_features, Sequence)
+    shape: tuple[Any, ...] = tuple(num_features) if many else (num_features,)
     if not all(isinstance(n, int | np.integer) for n in shape):
         raise TypeError(
             f"`num_features` must be an int or a tuple of ints; got {num_features!r}"
@@ -193,7 +198,5 @@ def check_param_dtype(param_dtype: Any) -> Any:
     """`param_dtype`, floating point or complex, as JAX's configuration has it."""
     dtype = jax.dtypes.canonicalize_dtype(param_dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"`param_dtype` must be floating point or complex; got {dtype}"
-        )
+        raise TypeError(f"`param_dtype` must be floating point or complex; got {dtype}")
     return dtype

@@ -112,7 +112,7 @@ class BatchNorm(nn.Module):
                 "use_running_average", self.use_running_average, use_running_average
             ),
         )
-        x = _flax_rules.promote(x, self.dtype)
+        x, x_as_given = _flax_rules.promote(x, self.dtype), x
         features = _shapes.feature_axes(self.axis, x.ndim)
         shape = tuple(x.shape[i] for i in features)
         state, variables = self._running_statistics(shape, jnp.iscomplexobj(x))
@@ -124,7 +124,7 @@ class BatchNorm(nn.Module):
             if self.use_bias
             else None,
         )
-        dtype = _flax_rules.result_dtype(self.dtype, x, *params)
+        dtype = _flax_rules.result_dtype(self.dtype, x_as_given, *params)
         y, state = apply_batch_norm(
             _flax_rules.promote(x, dtype),
             params,

@@ -24,14 +24,14 @@ def forward(x, scale=None, bias=None, *, epsilon=1e-5, axis=-1, mask=None):
     return normalize(x, mean, var, scale, bias, epsilon=epsilon, axis=axis, mask=mask)
 
 
-def normalize(
-    x, mean, var, scale=None, bias=None, *, epsilon=1e-5, axis=-1, mask=None
-):
+def normalize(x, mean, var, scale=None, bias=None, *, epsilon=1e-5, axis=-1, mask=None):
     """Y for given moments; 0 where masked."""
     rows, keep, _ = _columns(x, axis, mask)
     y = np.zeros_like(rows)
     for f, kept in enumerate(keep.T):
-        x_hat = (rows[kept, f] - np.ravel(mean)[f]) / np.sqrt(np.ravel(var)[f] + epsilon)
+        x_hat = (rows[kept, f] - np.ravel(mean)[f]) / np.sqrt(
+            np.ravel(var)[f] + epsilon
+        )
         y[kept, f] = _at(scale, f, 1.0) * x_hat + _at(bias, f, 0.0)
     return _uncolumns(y, x, axis)
 
@@ -59,7 +59,9 @@ def backward_steps(dy, x, scale=None, *, epsilon=1e-5, axis=-1, mask=None):
         steps["dx"][kept, f] = dx_hat / np.sqrt(s) + dvar * 2 * (v - mu) / n + dmean / n
     for name, value in steps.items():
         per_feature = value.ndim == 1
-        steps[name] = value.reshape(shape) if per_feature else _uncolumns(value, x, axis)
+        steps[name] = (
+            value.reshape(shape) if per_feature else _uncolumns(value, x, axis)
+        )
     return steps
 
 

@@ -1,6 +1,6 @@
 """The data: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -20,12 +20,13 @@ class Digits(NamedTuple):
 
 def load() -> Digits:
     """1,437 digits to train on and 360 to test on, the same ones whatever the seed."""
-    data = load_digits()
-    images = np.float32(data["images"] / 16)[..., None]
+    data: Any = load_digits()
+    images = (data["images"] / 16).astype(np.float32)[..., None]
     labels = data["target"].astype(np.int32)
-    train_images, test_images, train_labels, test_labels = train_test_split(
+    split: Any = train_test_split(
         images, labels, test_size=NUM_TEST, stratify=labels, random_state=0
     )
+    train_images, test_images, train_labels, test_labels = split
     return Digits(train_images, train_labels, test_images, test_labels)
 
 

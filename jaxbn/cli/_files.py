@@ -12,14 +12,14 @@ import numpy as np
 from flax import serialization
 
 from jaxbn.cli._arguments import CommandError
-from jaxbn.cli._settings import Settings
-from jaxbn.cli._training import Progress
+from jaxbn.cli._settings import NORMS, Settings
+from jaxbn.cli._training import Network
 
 METRICS = "metrics.json"
 CURVES = "curves.png"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """Replace a file in one step: whenever we are killed, it is the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -48,8 +48,9 @@ def move_aside(folder: Path) -> Path | None:
         raise CommandError(f"--out {folder} is not a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    # A checkpoint is the first file of a run; it may have been killed at that.
-    if not any(folder.glob("*.msgpack*")):
+    # A run's first file is a checkpoint, or after an early Ctrl-C its metrics; a
+    # killed run may have left no more than the temporary file of one.
+    if not (any(folder.glob("*.msgpack*")) or (folder / METRICS).exists()):
         raise CommandError(f"--out {folder} holds files that are not a run's")
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -61,49 +62,57 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(serialization.msgpack_serialize(content)).hexdigest()
 
 
-def save_checkpoint(path: Path, settings: Settings, progress: Progress) -> None:
+def save_checkpoint(path: Path, settings: Settings, network: Network) -> None:
     """Write all that the next step depends on, and what was seen so far.
 
     The file is plain `flax.serialization` msgpack and holds no clock's time: two runs
     that did the same have the same file.
     """
     content = {
+        "norm": path.stem,
         "settings": dataclasses.asdict(settings) | {"norm": list(settings.norm)},
-        "step": progress.step,
-        "losses": np.asarray(progress.losses),
-        "accuracies": np.asarray(progress.accuracies),
-        "state": serialization.to_state_dict(jax.device_get(progress.state)),
+        "step": network.step,
+        "losses": np.asarray(network.losses),
+        "accuracies": np.asarray(network.accuracies),
+        "state": serialization.to_state_dict(jax.device_get(network.state)),
     }
     content["sha256"] = _digest(content)
-    write_atomically(path, serialization.msgpack_serialize(content))
+    write(path, serialization.msgpack_serialize(content))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, with its `settings` as `Settings`.
+def load_checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+    """The checkpoints in a folder, by norm: what was saved, settings as `Settings`.
 
     Raises:
-      CommandError: The file is not one that `save_checkpoint` wrote.
+      CommandError: A file is not one that `save_checkpoint` wrote.
     """
+    paths = {norm: checkpoint(folder, norm) for norm in NORMS}
+    return {norm: _load(path) for norm, path in paths.items() if path.exists()}
+
+
+def _load(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     try:
-        content = serialization.msgpack_restore(data)
+        content: Any = serialization.msgpack_restore(data)
         if content.pop("sha256") != _digest(content):
-            raise ValueError("the digest differs")
-        settings = content["settings"]
-        settings["norm"] = tuple(settings["norm"])
-        return content | {"settings": Settings(**settings)}
+            raise ValueError("its digest differs")
+        if content["norm"] != path.stem:
+            raise ValueError(f"it is the one of norm {content['norm']}")
+        norm = tuple(content["settings"]["norm"])
+        settings = Settings(**content["settings"] | {"norm": norm})
+        return content | {"settings": settings}
     # Bytes that are not ours can fail in any way, inside msgpack and NumPy too.
     except Exception as error:
-        raise CommandError(f"{path} cannot be read as a checkpoint ({error})") from error
+        raise CommandError(f"{path} is not an intact checkpoint: {error!r}") from error
 
 
-def restore(content: dict[str, Any], start: Progress, path: Path) -> Progress:
-    """The progress that a loaded checkpoint holds.
+def restore(path: Path, content: dict[str, Any], start: Network) -> Network:
+    """The network that a loaded checkpoint holds.
 
     Args:
-      content: From `load_checkpoint`.
-      start: The same network's step 0, for the structure of its state.
       path: The checkpoint's, for the message.
+      content: From `load_checkpoints`.
+      start: The same network at step 0, for the structure of its state.
 
     Raises:
       CommandError: The checkpoint is of another network (an older jaxbn's, say).
@@ -118,5 +127,5 @@ def restore(content: dict[str, Any], start: Progress, path: Path) -> Progress:
         state = serialization.from_state_dict(start.state, content["state"])
         state = jax.tree.map(loaded, start.state, state)
     except (KeyError, ValueError) as error:
-        raise CommandError(f"{path} is of another network ({error})") from error
-    return Progress(state, content["losses"].tolist(), content["accuracies"].tolist())
+        raise CommandError(f"{path} is of another network: {error}") from error
+    return Network(state, content["losses"].tolist(), content["accuracies"].tolist())

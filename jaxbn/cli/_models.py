@@ -27,7 +27,7 @@ def norm_layer(name: str) -> Norm:
 
 
 def normalized(x: jax.Array, norm: Norm, train: bool) -> jax.Array:
-    """x after a new norm layer, with batch statistics if `train`."""
+    """Apply a new norm layer to x, with batch statistics if `train`."""
     return x if norm is None else norm(use_running_average=not train)(x)
 
 

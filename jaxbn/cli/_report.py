@@ -1,9 +1,7 @@
 """What a person sees: the progress bar, the table and the learning curves."""
 
-import dataclasses
 import io
-import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,17 +10,15 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    ProgressColumn,
+    Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
-from jaxbn.cli._digits import Digits
+from jaxbn.cli._results import Result
 from jaxbn.cli._settings import Settings
-from jaxbn.cli._training import MEASURE_EVERY, Progress, Trainer
+from jaxbn.cli._training import MEASURE_EVERY, Network
 
 # Okabe & Ito's colours, which differ for the colour-blind too; and line styles, for
 # print in grey and for two curves that coincide (jaxbn and flax do).
@@ -33,48 +29,38 @@ STYLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One row of the table, and its curves."""
+class Bars(Progress):
+    """Live bars, one for each norm, with loss and accuracy beside the steps."""
 
-    steps: int
-    test_accuracy_running: float
-    test_accuracy_batch: float | None
-    steps_to_90_percent: int | None
-    ms_per_step: float | None
-    losses: list[float]
-    accuracies: list[float]
+    def __init__(self, console: Console):
+        super().__init__(
+            TextColumn("{task.description:>5}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[seen]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
 
+    def add(self, norm: str, steps: int) -> Callable[[Network], None]:
+        """Add a bar.
 
-def summarize(trainer: Trainer, progress: Progress, digits: Digits) -> Result:
-    """Measure a network that has come as far as it will."""
-    batch = None
-    if progress.state.batch_stats:
-        batch = trainer.measure(progress, digits, batch=True)
-    good = [i for i, accuracy in enumerate(progress.accuracies) if accuracy >= 0.9]
-    seconds = progress.seconds[1:]  # the first step compiles
-    return Result(
-        steps=progress.step,
-        test_accuracy_running=trainer.measure(progress, digits),
-        test_accuracy_batch=batch,
-        steps_to_90_percent=MEASURE_EVERY * good[0] if good else None,
-        ms_per_step=1000 * statistics.median(seconds) if seconds else None,
-        losses=progress.losses,
-        accuracies=progress.accuracies,
-    )
+        Args:
+          norm: Its name.
+          steps: The number of steps at which it is full.
 
+        Returns:
+          A function that shows in it how far a network has come.
+        """
+        task = self.add_task(norm, total=steps, seen="compiling")
 
-def progress_bars(console: Console) -> ProgressBars:
-    """Bars that show loss and accuracy beside the steps."""
-    columns: list[ProgressColumn] = [
-        TextColumn("{task.description:>5}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  test {task.fields[accuracy]:.1%}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    ]
-    return ProgressBars(*columns, console=console)
+        def show(network: Network) -> None:
+            if network.losses:
+                loss, share = network.losses[-1], network.accuracies[-1]
+                self.update(task, seen=f"loss {loss:.3f}  test {share:.1%}")
+            self.update(task, completed=network.step)
+
+        return show
 
 
 def table(results: Mapping[str, Result]) -> Table:
@@ -97,10 +83,10 @@ def table(results: Mapping[str, Result]) -> Table:
         rows.add_row(
             norm,
             str(result.steps),
-            cell(result.test_accuracy_running, ".2%"),
-            cell(result.test_accuracy_batch, ".2%"),
+            cell(result.test_accuracy_running_statistics, ".2%"),
+            cell(result.test_accuracy_batch_statistics, ".2%"),
             cell(result.steps_to_90_percent, "d"),
-            cell(result.ms_per_step, ".2f"),
+            cell(result.median_ms_per_step, ".2f"),
         )
     return rows
 
@@ -112,12 +98,12 @@ def curves(settings: Settings, results: Mapping[str, Result]) -> bytes:
     for norm, result in results.items():
         style: dict[str, Any] = {**STYLES[norm], "label": norm, "linewidth": 1.8}
         above.plot(
-            MEASURE_EVERY * np.arange(len(result.accuracies)),
-            100 * np.asarray(result.accuracies),
+            MEASURE_EVERY * np.arange(len(result.test_accuracy)),
+            100 * np.asarray(result.test_accuracy),
             **style,
         )
-        whole = len(result.losses) // MEASURE_EVERY
-        losses = np.asarray(result.losses[: whole * MEASURE_EVERY])
+        whole = len(result.training_loss) // MEASURE_EVERY
+        losses = np.asarray(result.training_loss[: whole * MEASURE_EVERY])
         below.plot(
             MEASURE_EVERY * (np.arange(whole) + 0.5),
             losses.reshape(whole, MEASURE_EVERY).mean(1),

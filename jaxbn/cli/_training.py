@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxbn.cli import _digits, _models
@@ -26,12 +25,14 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass
-class Progress:
-    """How far one network has come, and what was seen on the way."""
+class Network:
+    """A network on its way: its state, and what was seen so far."""
 
     state: TrainState
     losses: list[float] = dataclasses.field(default_factory=list)  # of every step
-    accuracies: list[float] = dataclasses.field(default_factory=list)  # 0, 10, 20, ...
+    accuracies: list[float] = dataclasses.field(
+        default_factory=list
+    )  # at 0, 10, 20, ...
     seconds: list[float] = dataclasses.field(default_factory=list)  # in this process
 
     @property
@@ -53,15 +54,15 @@ class Trainer:
             momentum=0.9 if settings.model == "cnn" else None,
         )
         self.step = jax.jit(self._step, donate_argnums=0)
-        self.accuracy = jax.jit(self._accuracy, static_argnums=3)
+        self.num_right = jax.jit(self._num_right, static_argnums=3)
 
-    def start(self) -> Progress:
+    def start(self) -> Network:
         """Step 0: the same weights for every norm."""
-        images = jnp.zeros((self.settings.batch_size, 8, 8, 1))
+        images = jnp.zeros((self.settings.batch_size, 8, 8, 1), jnp.float32)
         key = jax.random.key(self.settings.seed)
         variables = self.model.init(key, images, train=True)
         params, stats = variables["params"], variables.get("batch_stats", {})
-        return Progress(TrainState(params, stats, self.optimizer.init(params)))
+        return Network(TrainState(params, stats, self.optimizer.init(params)))
 
     def _apply(
         self, params: Any, batch_stats: Any, images: jax.Array, train: bool
@@ -87,52 +88,48 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, stats, opt_state), loss
 
-    def _accuracy(
+    def _num_right(
         self, state: TrainState, images: jax.Array, labels: jax.Array, batch: bool
     ) -> jax.Array:
-        """The share of right answers, with batch or with running statistics."""
+        """How many are recognized, with batch or with running statistics."""
         logits, _ = self._apply(state.params, state.batch_stats, images, train=batch)
-        return jnp.mean(logits.argmax(-1) == labels)
+        return jnp.sum(logits.argmax(-1) == labels)
 
     def steps_per_epoch(self, digits: _digits.Digits) -> int:
         """Full batches in the training set."""
         return len(digits.train_labels) // self.settings.batch_size
 
-    def advance(self, progress: Progress, digits: _digits.Digits) -> Iterator[None]:
-        """Bring `progress` to the last epoch's end, stopping after every step.
+    def advance(self, network: Network, digits: _digits.Digits) -> Iterator[None]:
+        """Bring `network` to the last epoch's end, stopping after every step.
 
         Step n depends on the settings and on step n - 1 alone; so the caller may save
         at any stop, and a run that is taken up there ends in the same bits.
         """
         epoch_steps = self.steps_per_epoch(digits)
-        batches = np.empty((0, 0), int)
-        while progress.step < self.settings.epochs * epoch_steps:
-            epoch, index = divmod(progress.step, epoch_steps)
-            if index == 0 or not len(batches):
-                batches = _digits.batches(
-                    len(digits.train_labels),
-                    self.settings.batch_size,
-                    self.settings.seed,
-                    epoch,
-                )
-            if not progress.accuracies:
-                progress.accuracies.append(self.measure(progress, digits))
-            chosen = batches[index]
-            images, labels = digits.train_images[chosen], digits.train_labels[chosen]
-            begun = time.perf_counter()
-            progress.state, loss = self.step(progress.state, images, labels)
-            progress.losses.append(float(loss))  # waits for the step to be done
-            progress.seconds.append(time.perf_counter() - begun)
-            if progress.step % MEASURE_EVERY == 0:
-                progress.accuracies.append(self.measure(progress, digits))
-            yield
+        if not network.accuracies:
+            network.accuracies.append(self.measure(network, digits))
+        while network.step < self.settings.epochs * epoch_steps:
+            epoch, done = divmod(network.step, epoch_steps)
+            batches = _digits.batches(
+                len(digits.train_labels),
+                self.settings.batch_size,
+                self.settings.seed,
+                epoch,
+            )
+            for batch in batches[done:]:
+                images, labels = digits.train_images[batch], digits.train_labels[batch]
+                begun = time.perf_counter()
+                network.state, loss = self.step(network.state, images, labels)
+                network.losses.append(float(loss))  # waits for the step to be done
+                network.seconds.append(time.perf_counter() - begun)
+                if network.step % MEASURE_EVERY == 0:
+                    network.accuracies.append(self.measure(network, digits))
+                yield
 
     def measure(
-        self, progress: Progress, digits: _digits.Digits, batch: bool = False
+        self, network: Network, digits: _digits.Digits, batch: bool = False
     ) -> float:
-        """The accuracy on the test set, as one batch; nothing is updated."""
-        return float(
-            self.accuracy(
-                progress.state, digits.test_images, digits.test_labels, batch
-            )
-        )
+        """The share of the test set that is recognized; nothing is updated."""
+        images, labels = digits.test_images, digits.test_labels
+        # Divided here: in float32, 324 of 360 are less than 90 %.
+        return int(self.num_right(network.state, images, labels, batch)) / len(labels)

@@ -96,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, and write what came of it."""
     names = [field.name for field in dataclasses.fields(Settings)]
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {
+        name: value for name in names if (value := getattr(args, name)) is not None
+    }
     if "norm" in given:
         given["norm"] = tuple(given["norm"])
         if len(set(given["norm"])) < len(given["norm"]):
@@ -105,4 +107,4 @@ def run(args: argparse.Namespace) -> int:
 
     from jaxbn.cli import _run  # scikit-learn, matplotlib and others: not for --help
 
-    return _run.train(given, folder, resume=args.resume)
+    return _run.execute(_run.prepare(given, folder, resume=args.resume))

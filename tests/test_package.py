@@ -1,0 +1,39 @@
+"""What `import jaxbn` brings, and what the README shows, run as it stands."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_import_brings_no_flax():
+    code = "import sys, jaxbn; assert 'flax' not in sys.modules, 'flax'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    import jaxbn
+
+    public = {name for name in vars(jaxbn) if not name.startswith("_")}
+    named = {"Moments", "Params", "State", "init", "batch_norm", "batch_moments"}
+    named |= {"merge_moments", "normalize", "forward", "backward"}
+    assert named <= public
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_readme_block_runs(number):
+    """In a process of its own, as a reader would, in JAX's default configuration."""
+    subprocess.run([sys.executable, "-c", BLOCKS[number]], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("command", ["jaxbn train", "pytest"])
+def test_readme_has_one_line_commands(command):
+    fenced = re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in fenced for line in block.splitlines()]
+    assert any(command in line and "pip install" in line for line in lines)
