@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _devices, _shapes
-from jaxbn._moments import zero_masked
+from jaxbn._moments import centered, zero_masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +93,11 @@ def affine(
     dtype = _shapes.accumulation_dtype(x.dtype)
     a = rstd_of(var, config.epsilon, dtype)
     a = a if scale is None else a * cast(scale, dtype)
-    # Kept apart from the x - mean of the variance, which would else be written out.
-    mean, a = lax.optimization_barrier((mean, a))
-    y = centered(config, x, mean, mask) * _shapes.expand(a, config.features, x.ndim)
+    y = centered(x, mean, mask, config.features)
+    y = y * _shapes.expand(a, config.features, x.ndim)
     if bias is not None:
         y = y + _shapes.expand(cast(bias, dtype), config.features, x.ndim)
     return zero_masked(y, mask).astype(config.dtype or x.dtype)
-
-
-def centered(config: Config, x: jax.Array, mean: Any, mask: Any) -> jax.Array:
-    dtype = _shapes.accumulation_dtype(x.dtype)
-    mean = _shapes.expand(mean.astype(dtype), config.features, x.ndim)
-    return zero_masked(x.astype(dtype) - mean, mask)
 
 
 def rstd_of(var: jax.Array, epsilon: float, dtype: Any) -> jax.Array:

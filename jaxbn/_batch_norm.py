@@ -55,7 +55,7 @@ def init(
         [1. 1. 1.] [0. 0. 0.] [1. 1. 1.] 0
     """
     shape = _shapes.check_num_features(num_features)
-    dtype = _shapes.check_param_dtype(param_dtype)
+    dtype = _shapes.check_inexact("param_dtype", param_dtype)
     params = Params(
         jnp.ones(shape, _shapes.real_dtype(dtype)) if use_scale else None,
         jnp.zeros(shape, dtype) if use_bias else None,
@@ -121,10 +121,10 @@ def batch_norm(
         >>> import jax.numpy as jnp, jaxbn
         >>> params, state = jaxbn.init(2)
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-        >>> y, state = jaxbn.batch_norm(x, params, state, train=True)
-        >>> print(y.round(3), state.mean.round(3), state.var.round(3))
+        >>> y, state = jaxbn.batch_norm(x, params, state, train=True, momentum=0.5)
+        >>> print(y.round(3), state.mean, state.var)
         [[-1. -1.]
-         [ 1.  1.]] [0.2 2. ] [ 1.  10.9]
+         [ 1.  1.]] [ 1. 10.] [ 1.  50.5]
 
     Source: Ioffe & Szegedy, "Batch Normalization", 2015; batch-norm-formulas.
     """

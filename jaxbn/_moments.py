@@ -131,12 +131,15 @@ def _local_moments(
     x: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
 ) -> Moments:
     reduced = _shapes.reduction_axes(features, x.ndim)
-    x = x.astype(_shapes.accumulation_dtype(x.dtype))
+    dtype = _shapes.accumulation_dtype(x.dtype)
     num_elements = _count(x, mask, features)
     divisor = jnp.maximum(num_elements, 1)
-    mean = zero_masked(x, mask).sum(reduced) / divisor.astype(x.dtype)
-    centered = zero_masked(x - _shapes.expand(mean, features, x.ndim), mask)
-    return Moments(num_elements, mean, abs_squared(centered).sum(reduced) / divisor)
+    total = zero_masked(x.astype(dtype), mask).sum(reduced)
+    # The second pass takes x behind a barrier: XLA:CPU would write out a float32 copy
+    # of a bfloat16 x, for both passes to share.
+    x, mean = lax.optimization_barrier((x, total / divisor.astype(dtype)))
+    squares = abs_squared(centered(x, mean, mask, features))
+    return Moments(num_elements, mean, squares.sum(reduced) / divisor)
 
 
 def _count(
@@ -144,7 +147,7 @@ def _count(
 ) -> jax.Array:
     """Counted elements per feature, a scalar where all features share the mask."""
     reduced = _shapes.reduction_axes(features, x.ndim)
-    dtype = _shapes.real_dtype(x.dtype)
+    dtype = _shapes.real_dtype(_shapes.accumulation_dtype(x.dtype))
     if mask is None:
         return jnp.full((), math.prod(x.shape[i] for i in reduced), dtype)
     repeated = [x.shape[i] for i in reduced if mask.shape[i] != x.shape[i]]
@@ -178,6 +181,15 @@ def _merge(rows: jax.Array) -> Moments:
 
 def _weighted_sum(weight: jax.Array, values: jax.Array) -> jax.Array:
     return (weight.astype(values.dtype) * values).sum(0, keepdims=True)
+
+
+def centered(
+    x: jax.Array, mean: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
+) -> jax.Array:
+    """X - mean in the accumulation dtype, 0 where the mask is False."""
+    dtype = _shapes.accumulation_dtype(x.dtype)
+    mean = _shapes.expand(mean.astype(dtype), features, x.ndim)
+    return zero_masked(x.astype(dtype) - mean, mask)
 
 
 def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:

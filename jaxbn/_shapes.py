@@ -1,7 +1,7 @@
 """Axes, dtypes and every check on arguments: what is wrong is said here, once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-Axis = int | Sequence[int]
+Axis = int | Iterable[int]
 
 
 def accumulation_dtype(dtype: DTypeLike) -> Any:
@@ -26,7 +26,7 @@ def real_dtype(dtype: DTypeLike) -> Any:
 
 def feature_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     """`axis` as ascending non-negative numbers."""
-    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     if not all(isinstance(i, int | np.integer) for i in axes) or isinstance(axis, str):
         raise TypeError(f"`axis` must be an int or a tuple of ints; got {axis!r}")
     if not all(-ndim <= i < ndim for i in axes):
@@ -98,16 +98,23 @@ def check_mask(mask: Any, x: jax.Array) -> jax.Array | None:
             f"`mask` must be boolean, True where an element counts; got dtype "
             f"{mask.dtype} (write mask.astype(bool))"
         )
-    fits = mask.ndim == x.ndim and all(
-        m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
-    )
-    if not fits:
-        hint = " (for one entry per row write mask[:, None])" if mask.ndim == 1 else ""
+    if mask.ndim != x.ndim or not broadcasts(mask.shape, x.shape):
         raise ValueError(
             f"`mask` must have the rank of x and broadcast to its shape {x.shape}; "
-            f"got {mask.shape}{hint}"
+            f"got {mask.shape}{row_mask_hint(mask)}"
         )
     return mask
+
+
+def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
+    """Whether an array of `shape` broadcasts to the shape `to`, without growing it."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(m in (1, n) for m, n in pairs)
+
+
+def row_mask_hint(mask: jax.Array) -> str:
+    """What to do about a mask (N,), which means one entry per row."""
+    return " (for one entry per row write mask[:, None])" if mask.ndim == 1 else ""
 
 
 def check_number(name: str, value: Any) -> float:
@@ -194,9 +201,9 @@ def check_num_features(num_features: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in shape)
 
 
-def check_param_dtype(param_dtype: Any) -> Any:
-    """`param_dtype`, floating point or complex, as JAX's configuration has it."""
-    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+def check_inexact(name: str, dtype: Any) -> Any:
+    """`dtype`, floating point or complex, as JAX's configuration has it."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"`param_dtype` must be floating point or complex; got {dtype}")
+        raise TypeError(f"`{name}` must be floating point or complex; got {dtype}")
     return dtype

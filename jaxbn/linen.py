@@ -112,10 +112,16 @@ class BatchNorm(nn.Module):
                 "use_running_average", self.use_running_average, use_running_average
             ),
         )
-        x, x_as_given = _flax_rules.promote(x, self.dtype), x
+        param_dtypes = [self.param_dtype] * (self.use_scale or self.use_bias)
+        x = jnp.asarray(x)
+        dtype = _flax_rules.result_dtype(self.dtype, x, param_dtypes)
+        x = _flax_rules.promote(x, dtype)
         features = _shapes.feature_axes(self.axis, x.ndim)
         shape = tuple(x.shape[i] for i in features)
-        state, variables = self._running_statistics(shape, jnp.iscomplexobj(x))
+        updating = not use_running_average and not self.is_initializing()
+        state, variables = _running_statistics(
+            self, shape, jnp.iscomplexobj(x), updating or self.is_initializing()
+        )
         params = Params(
             self.param("scale", self.scale_init, shape, self.param_dtype)
             if self.use_scale
@@ -124,9 +130,8 @@ class BatchNorm(nn.Module):
             if self.use_bias
             else None,
         )
-        dtype = _flax_rules.result_dtype(self.dtype, x_as_given, *params)
         y, state = apply_batch_norm(
-            _flax_rules.promote(x, dtype),
+            x,
             params,
             state,
             train=not use_running_average,
@@ -142,25 +147,27 @@ class BatchNorm(nn.Module):
             dtype=dtype,
             initializing=self.is_initializing(),
         )
-        if not use_running_average and not self.is_initializing():
+        if updating:
             for name, variable in variables.items():
                 variable.value = getattr(state, name)
         return y
 
-    def _running_statistics(
-        self, shape: tuple[int, ...], is_complex: bool
-    ) -> tuple[State, dict[str, Any]]:
-        """The state, and the variables that hold it; the count only where needed."""
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        if is_complex:
-            dtype = jnp.complex64
-        initial = new_state(shape, dtype)
-        names = ["mean", "var"]
-        if self.momentum is None or self.debias:
-            names.append("num_updates")
-        variables = {
-            name: self.variable("batch_stats", name, getattr, initial, name)
-            for name in names
-        }
-        values = {name: variable.value for name, variable in variables.items()}
-        return initial._replace(**values), variables
+
+# Not a method: Flax would record each call of it, as of a layer.
+def _running_statistics(
+    module: BatchNorm, shape: tuple[int, ...], is_complex: bool, with_count: bool
+) -> tuple[State, dict[str, Any]]:
+    """The state, and the variables that hold it; the count only where needed."""
+    dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
+    if is_complex:
+        dtype = jnp.complex64
+    initial = new_state(shape, dtype)
+    names = ["mean", "var"]
+    if with_count and (module.momentum is None or module.debias):
+        names.append("num_updates")
+    variables = {
+        name: module.variable("batch_stats", name, getattr, initial, name)
+        for name in names
+    }
+    values = {name: variable.value for name, variable in variables.items()}
+    return initial._replace(**values), variables

@@ -329,3 +329,53 @@ class TestFlaxDefects:
         variables = norm.init(jax.random.key(0), jnp.ones((4, 3)), False)
         with pytest.raises(ValueError, match=r"one entry per feature.*got \(3,\)"):
             norm.apply(variables, jnp.ones((4, 2)), False, mutable=["batch_stats"])
+
+
+class TestAsFlaxHasIt:
+    """Small usages that a helper with fresh eyes found to differ."""
+
+    def test_integers_keep_the_precision_of_dtype(self):
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            x = jnp.arange(40).reshape(8, 5) + 2**40
+            y, _ = BatchNorm(False, dtype=jnp.float64).init_with_output(
+                jax.random.key(0), x
+            )
+            np.testing.assert_allclose(y, oracle.forward(x), rtol=1e-9)
+
+    def test_dtype_must_be_inexact(self):
+        with pytest.raises(TypeError, match="`dtype` must be floating point"):
+            BatchNorm(False, dtype=jnp.int32).init(jax.random.key(0), jnp.ones((4, 3)))
+
+    def test_complex_parameters_for_a_real_input(self):
+        norm = BatchNorm(False, param_dtype=jnp.complex64)
+        y, _ = norm.init_with_output(jax.random.key(0), jnp.eye(4, 3))
+        assert y.dtype == jnp.complex64
+        np.testing.assert_allclose(y.real, oracle.forward(np.eye(4, 3)), rtol=1e-5)
+
+    def test_real_dtype_for_a_complex_input_takes_the_real_part(self):
+        x = jax.lax.complex(jnp.eye(4, 3), jnp.ones((4, 3)))
+        norm = BatchNorm(False, dtype=jnp.float32)
+        y, _ = norm.init_with_output(jax.random.key(0), x)
+        np.testing.assert_allclose(y, oracle.forward(np.eye(4, 3)), rtol=1e-5)
+
+    def test_mask_message_shows_the_mask_that_came(self):
+        norm = BatchNorm(False)
+        with pytest.raises(ValueError, match=r"as in NumPy; got \(8,\).*\[:, None\]"):
+            norm.init(jax.random.key(0), jnp.ones((8, 5)), mask=jnp.ones(8, bool))
+
+    @pytest.mark.parametrize("kwargs", [{"momentum": None}, {"debias": True}])
+    def test_inference_on_a_flax_checkpoint_needs_no_count(self, kwargs):
+        x = jnp.eye(4, 3)
+        variables = nn.BatchNorm().init(jax.random.key(0), x, True)
+        norm = BatchNorm(True, **kwargs)
+        np.testing.assert_allclose(norm.apply(variables, x), x, rtol=1e-4)
+
+    def test_tabulate_and_intermediates_see_one_call(self):
+        x = jnp.eye(4, 3)
+        norm = BatchNorm(False)
+        variables = norm.init(jax.random.key(0), x)
+        _, state = jax.jit(
+            lambda v: norm.apply(v, x, capture_intermediates=True, mutable=True)
+        )(variables)
+        assert list(state["intermediates"]) == ["__call__"]
+        assert "BatchNorm" in nn.tabulate(norm, jax.random.key(0))(x)
