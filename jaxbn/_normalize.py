@@ -179,7 +179,7 @@ def _forward(
 
 
 def _apart_on_cpu(array: jax.Array, after: jax.Array) -> jax.Array:
-    """`array` behind a barrier; on a GPU or TPU two sums over it are to share a pass."""
+    """`array` behind a barrier. On a GPU or TPU two sums over it share a pass."""
     return lax.platform_dependent(
         array,
         after,

@@ -1,15 +1,22 @@
 """A 2-D mesh, data x model: what is sharded over what, and what is synchronized."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from cases import assert_close
 from devices import (
+    EPSILON,
     FEATURES,
+    MOMENTUM,
     NUM,
+    ROWS,
     assert_all_close,
+    batch_norm,
     draw,
     expected,
     local_loss,
@@ -23,8 +30,11 @@ import jaxbn
 
 SHAPE = {"data": 4, "model": 2}
 SPECS = [(None, None), ("data", None), (None, "model"), ("data", "model")]
+check_vma_or_not = pytest.mark.parametrize(
+    "check_vma", [True, False], ids=["check_vma", "no check_vma"]
+)
 COMBINATIONS = list(itertools.product(SPECS, SPECS))
-SYNC = [None, "data", "model", ("data", "model"), ("model", "data")]
+SYNC = [None, "data", "model", ("model", "data")]  # the latter in no mesh's order
 
 
 def batches(sync):
@@ -39,7 +49,9 @@ def batches(sync):
 
 def lead(spec):
     """An array's leading axes, one per axis of the mesh: of size 1 where replicated."""
-    return tuple(1 if s is None else n for s, n in zip(spec, SHAPE.values(), strict=True))
+    return tuple(
+        1 if s is None else n for s, n in zip(spec, SHAPE.values(), strict=True)
+    )
 
 
 def everywhere(array):
@@ -56,7 +68,7 @@ def summed(array, spec):
 
 
 @pytest.mark.parametrize("derivative", ["vjp", "jvp"])
-@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no check_vma"])
+@check_vma_or_not
 @pytest.mark.parametrize("sync", SYNC, ids=str)
 def test_every_combination_of_specs(sync, check_vma, derivative):
     """All specs of x, with its mask, and of the parameters: 16 maps in one program."""
@@ -96,7 +108,7 @@ def test_every_combination_of_specs(sync, check_vma, derivative):
         ]
 
     drawn = [draw(lead(spec_x), lead(spec_p)) for spec_x, spec_p in COMBINATIONS]
-    if derivative == "vjp" and sync in SYNC[1:3]:  # else a program with no mask at all
+    if sync == "model":  # this one is compiled without masks
         drawn = [(x, scale, bias, None, dy, c) for x, scale, bias, _, dy, c in drawn]
     for (spec_x, spec_p), args, (grads, aux) in zip(
         COMBINATIONS, drawn, program(drawn), strict=True
@@ -107,3 +119,155 @@ def test_every_combination_of_specs(sync, check_vma, derivative):
         desired[3:] = map(summed, desired[3:], (spec_x, spec_p, spec_p))
         aux = [a.reshape(d.shape) for a, d in zip(aux, desired[:3], strict=True)]
         assert_all_close((*aux, *grads), desired, f"(x {spec_x}, params {spec_p})")
+
+
+@check_vma_or_not
+def test_features_sharded_over_model(check_vma):
+    """The usual layout: rows over data, features over model, moments over data only."""
+    rows, features = P("data", "model"), P("model")
+
+    @quick_jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh(data=4, model=2),
+        in_specs=(rows, features, features, rows, rows),
+        out_specs=((rows, features, features), (rows, features, features)),
+        check_vma=check_vma,
+    )
+    def gradients(x, scale, bias, mask, dy):
+        def f(x, scale, bias):
+            params, state = jaxbn.Params(scale, bias), jaxbn.init(2)[1]
+            y, new = batch_norm(x, params, state, mask=mask, axis_name="data")
+            return (y * dy).sum(), (y, new.mean, new.var)
+
+        (dx, *dparams), aux = jax.grad(f, (0, 1, 2), has_aux=True)(x, scale, bias)
+        if not check_vma:
+            dparams = jax.lax.psum(dparams, "data")
+        return aux, (dx, *dparams)
+
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 24, 4)).astype(np.float32)
+    scale, bias = rng.uniform(0.5, 2, (2, 4)).astype(np.float32)
+    mask = rng.random(x.shape) < 0.7
+    (y, mean, var), grads = gradients(x, scale, bias, mask, dy)
+    options = {"epsilon": EPSILON, "mask": mask}
+    _, want_mean, want_var = oracle.moments(x, mask=mask)
+    assert_close(y, oracle.forward(x, scale, bias, **options), jnp.float32, 24)
+    assert_close(mean, (1 - MOMENTUM) * want_mean, jnp.float32, 24)
+    assert_close(var, MOMENTUM + (1 - MOMENTUM) * want_var, jnp.float32, 24)
+    for got, want in zip(grads, oracle.backward(dy, x, scale, **options), strict=True):
+        assert_close(got, want, jnp.float32, 24)
+
+
+@check_vma_or_not
+def test_models_side_by_side(check_vma):
+    """A vmap over two models that `spmd_axis_name` lays over "model"; rows over data."""
+    x, scale, bias, mask, dy, c = draw((2, 4), (2,))
+    dy = dy.reshape(x.shape)
+
+    def body(x, params, state, mask, dy, c):
+        static = {"axis_name": "data"}
+        loss = local_loss(x[0], params, state, mask[0], dy[0], c, **static)
+        return jax.tree.map(lambda a: a[None], loss)
+
+    one_model = jax.shard_map(
+        body,
+        mesh=mesh(**SHAPE),
+        in_specs=(P("data"), P(), P(), P("data"), P("data"), P()),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    models = jax.vmap(one_model, (0, 0, None, 0, 0, None), spmd_axis_name="model")
+
+    @quick_jit
+    def gradients(x, params):
+        def total(x, params):
+            losses, aux = models(x, params, old_state(), mask, dy, c)
+            return losses.sum(), aux
+
+        return jax.grad(total, (0, 1), has_aux=True)(x, params)
+
+    (dx, dparams), aux = gradients(x, jaxbn.Params(scale, bias))
+    for i in range(2):
+        full = [np.broadcast_to(a[i], (4, FEATURES)) for a in (scale, bias)]
+        desired = list(expected(x[i], *full, mask[i], dy[i], [list(range(4))]))
+        desired[4:] = [d.sum(0) for d in desired[4:]]
+        got = (*aux, dx, *dparams)
+        assert_all_close([a[i] for a in got], desired, f"(model {i})")
+
+
+@pytest.mark.parametrize("axis_name", [("data", "lane"), ("lane", "data")], ids=str)
+@check_vma_or_not
+def test_axes_of_shard_map_and_vmap_together(check_vma, axis_name):
+    """One batch over four devices and two lanes of a vmap on each of them."""
+    x, scale, bias, mask, dy, c = draw((4, 2), ())
+    lanes = jax.vmap(
+        functools.partial(local_loss, axis_name=axis_name),
+        (0, None, None, 0, 0, None),
+        axis_name="lane",
+    )
+
+    def body(x, params, state, mask, dy, c):
+        loss = lanes(x[0], params, state, mask[0], dy[0], c)
+        return jax.tree.map(lambda a: a[None], loss)
+
+    devices = jax.shard_map(
+        body,
+        mesh=mesh(data=4),
+        in_specs=(P("data"), P(), P(), P("data"), P("data"), P()),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+
+    @quick_jit
+    def gradients(x, params):
+        def total(x, params):
+            args = mask, dy.reshape(x.shape), c
+            losses, aux = devices(x, params, old_state(), *args)
+            return losses.sum(), aux
+
+        return jax.grad(total, (0, 1), has_aux=True)(x, params)
+
+    (dx, dparams), aux = gradients(x, jaxbn.Params(scale, bias))
+    full = [np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias)]
+    masks = mask.reshape(dy.shape)
+    desired = list(expected(x.reshape(dy.shape), *full, masks, dy))
+    desired[4:] = [d.sum(0) for d in desired[4:]]
+    got = [a.reshape(NUM, *a.shape[2:]) for a in (*aux, dx)]
+    assert_all_close((*got, *dparams), desired)
+
+
+@check_vma_or_not
+def test_state_is_a_scan_carry_on_a_mesh(check_vma):
+    """Its device-varying type must not drift: a state of all stays one of all."""
+    x, scale, bias, *_ = draw((5, NUM), ())  # five steps
+    params = jaxbn.Params(scale, bias)
+
+    def body(x, state):
+        def step(state, x):
+            y, state = batch_norm(x, params, state, axis_name=("data", "model"))
+            return state, y
+
+        state, y = jax.lax.scan(step, state, x[:, 0])
+        return y[:, None], state
+
+    y, state = quick_jit(
+        jax.shard_map(
+            body,
+            mesh=mesh(**SHAPE),
+            in_specs=(P(None, ("data", "model")), P()),
+            out_specs=(P(None, ("data", "model")), P()),
+            check_vma=check_vma,
+        )
+    )(x, old_state())
+    mean, var, num_updates = old_state()
+    for step in range(5):
+        rows = x[step].reshape(-1, FEATURES)
+        want = oracle.forward(rows, scale, bias, epsilon=EPSILON).reshape(x[step].shape)
+        assert_close(y[step], want, jnp.float32, NUM * ROWS)
+        _, new_mean, new_var = oracle.moments(rows)
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * new_mean
+        var = MOMENTUM * var + (1 - MOMENTUM) * new_var
+    assert_close(state.mean, mean, jnp.float32, NUM * ROWS)
+    assert_close(state.var, var, jnp.float32, NUM * ROWS)
+    assert state.num_updates == num_updates + 5

@@ -21,9 +21,12 @@ from devices import (
     expected,
     jit,
     local_loss,
+    mesh,
     old_state,
     over_devices,
+    quick_jit,
 )
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 
@@ -82,3 +85,64 @@ def test_equals_the_whole_batch(kind, derivative, where, params_axis, grouped):
             dparams = [whole(g, kind, where) for g in dparams]
             desired = *desired[:4], desired[4].sum(0), desired[5].sum(0)
         assert_all_close((*aux, dx, *dparams), desired, f"({name})")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_mask(kind):
+    f = program(kind, "outside", "vjp", grouped=False, params_axis=0)
+    x, scale, bias, _, dy, c = draw()
+    (dx, dparams), aux = f(x, jaxbn.Params(scale, bias), old_state(), None, dy, c)
+    assert_all_close((*aux, dx, *dparams), expected(x, scale, bias, None, dy))
+
+
+def test_vmap_with_spmd_axis_name():
+    """The lanes of the vmap lie on devices, and share one batch."""
+    x, scale, bias, mask, dy, c = draw(lead_params=())
+
+    def loss(x, *args):
+        # It is such a constraint that `spmd_axis_name` changes: lanes stay on "d".
+        x = jax.lax.with_sharding_constraint(x, P(None, None))
+        return local_loss(x, *args, axis_name="lane")
+
+    lanes = jax.vmap(
+        jax.grad(loss, (0, 1), has_aux=True),
+        (0, None, None, 0, 0, None),
+        axis_name="lane",
+        spmd_axis_name="d",
+    )
+    with jax.set_mesh(mesh(d=NUM)):
+        x = jax.device_put(x, P("d"))
+        params = jaxbn.Params(scale, bias)
+        (dx, dparams), aux = quick_jit(lanes)(x, params, old_state(), mask, dy, c)
+    assert dx.sharding.shard_shape(dx.shape)[0] == 1
+    full = [np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias)]
+    desired = expected(x, *full, mask, dy)
+    assert_all_close((*aux, dx, *dparams), desired)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_statistics_per_shard_on_purpose(kind):
+    """The recipe: shard_map without `axis_name`, and a state for every shard."""
+    f = jax.grad(local_loss, (0, 1), has_aux=True)
+    f = quick_jit(over_devices(kind, f, (0, 0, None, 0, 0, None)))
+    x, scale, bias, mask, dy, c = draw()
+    mask[3] = False
+    (dx, dparams), aux = f(x, jaxbn.Params(scale, bias), old_state(), mask, dy, c)
+    desired = expected(x, scale, bias, mask, dy, [[i] for i in range(NUM)])
+    assert_all_close((*aux, dx, *dparams), desired)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_names_are_refused_before_jax_sees_them(kind):
+    x = jnp.ones((NUM, 2, 3))
+
+    def moments(name):
+        f = functools.partial(jaxbn.batch_moments, axis_name=name)
+        return jit(kind, over_devices(kind, f, (0,)))(x)
+
+    for name in (("d", "d"), ["d", "e", "d"]):  # JAX 0.12 would abort the process
+        with pytest.raises(ValueError, match="`axis_name` must name each axis once"):
+            moments(name)
+    for name in ("e", ("d", "e")):
+        with pytest.raises(ValueError, match="`axis_name` 'e' is not bound here"):
+            moments(name)
