@@ -18,6 +18,7 @@ import jaxbn
 
 NUM, ROWS, FEATURES = 8, 6, 3
 ALL = [list(range(NUM))]
+GROUPS = [[0, 3, 5, 6], [1, 2, 4, 7]]
 EPSILON, MOMENTUM = 1e-3, 0.75  # every constant of the rule away from its default
 
 batch_norm = functools.partial(

@@ -197,9 +197,12 @@ def test_models_side_by_side(check_vma):
 
 
 @pytest.mark.parametrize("axis_name", [("data", "lane"), ("lane", "data")], ids=str)
-@check_vma_or_not
-def test_axes_of_shard_map_and_vmap_together(check_vma, axis_name):
-    """One batch over four devices and two lanes of a vmap on each of them."""
+def test_axes_of_shard_map_and_vmap_together(axis_name):
+    """One batch over four devices and two lanes of a vmap on each of them.
+
+    Not with check_vma, where JAX has no collective over the axis of a vmap: a plain
+    lax.psum(x, "lane") in shard_map is an AssertionError with no message (0.10, 0.12).
+    """
     x, scale, bias, mask, dy, c = draw((4, 2), ())
     lanes = jax.vmap(
         functools.partial(local_loss, axis_name=axis_name),
@@ -216,7 +219,7 @@ def test_axes_of_shard_map_and_vmap_together(check_vma, axis_name):
         mesh=mesh(data=4),
         in_specs=(P("data"), P(), P(), P("data"), P("data"), P()),
         out_specs=P("data"),
-        check_vma=check_vma,
+        check_vma=False,
     )
 
     @quick_jit

@@ -14,6 +14,7 @@ import pytest
 from devices import (
     ALL,
     FEATURES,
+    GROUPS,
     KINDS,
     NUM,
     assert_all_close,
@@ -30,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 
-GROUPS = [[0, 3, 5, 6], [1, 2, 4, 7]]
+
 EMPTY = {"counts differ": [], "one device empty": [3], "all devices empty": ALL[0]}
 
 

@@ -1,0 +1,80 @@
+"""Plain jit over sharded arrays: nothing is named, and the batch is still the whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import assert_close
+from devices import EPSILON, MOMENTUM, batch_norm, mesh, quick_jit
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+
+ROWS, FEATURES = 32, 4
+LAYOUTS = {  # of x, and of what has one entry per feature
+    "batch": (P("data", None), P()),
+    "batch over both": (P(("data", "model"), None), P()),
+    "features": (P(None, "model"), P("model")),
+    "batch and features": (P("data", "model"), P("model")),
+    "batch and features, replicated params": (P("data", "model"), P()),
+}
+
+
+def gradients(x, params, state, mask, dy, c, *, derivative):
+    def loss(x, params):
+        y, new = batch_norm(x, params, state, mask=mask, derivative=derivative)
+        total = (y * dy).sum() + (c[0] * new.mean).sum() + (c[1] * new.var).sum()
+        return total, (y, new)
+
+    return jax.grad(loss, (0, 1), has_aux=True)(x, params)
+
+
+def draw():
+    """x, params, mask, dy and c; the first shard of rows has nothing that counts."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, ROWS, FEATURES)).astype(np.float32)
+    x += np.linspace(-5, 5, ROWS, dtype=np.float32)[:, None]
+    scale, bias, *c = rng.uniform(0.5, 2, (4, FEATURES)).astype(np.float32)
+    mask = rng.random(x.shape) < np.linspace(0.2, 1, ROWS)[:, None]
+    mask[: ROWS // 8] = False
+    return x, jaxbn.Params(scale, bias), mask, dy, c
+
+
+@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_equals_the_whole_batch(kind, layout, derivative):
+    devices = mesh(data=4, model=2, kind=kind)
+    of_x, of_params = (NamedSharding(devices, spec) for spec in LAYOUTS[layout])
+    # The state lies as the features do: explicit sharding is part of a type, and an
+    # update changes no type.
+    of_state = NamedSharding(devices, P(LAYOUTS[layout][0][1]))
+    x, params, mask, dy, c = draw()
+    _, state = jaxbn.init(FEATURES)
+    f = quick_jit(functools.partial(gradients, derivative=derivative))
+    with jax.set_mesh(devices):
+        (dx, dparams), (y, new) = f(
+            jax.device_put(x, of_x),
+            jax.device_put(params, of_params),
+            state._replace(
+                mean=jax.device_put(state.mean, of_state),
+                var=jax.device_put(state.var, of_state),
+            ),
+            jax.device_put(mask, of_x),
+            jax.device_put(dy, of_x),
+            [jax.device_put(a, of_state) for a in c],
+        )
+    options = {"epsilon": EPSILON, "mask": mask}
+    assert_close(y, oracle.forward(x, *params, **options), jnp.float32, ROWS)
+    want = oracle.backward(dy, x, params.scale, **options)
+    for got, desired in zip((dx, *dparams), want, strict=True):
+        assert_close(got, desired, jnp.float32, ROWS)
+    _, mean, var = oracle.moments(x, mask=mask)
+    assert_close(new.mean, (1 - MOMENTUM) * mean, jnp.float32, ROWS)
+    assert_close(new.var, MOMENTUM + (1 - MOMENTUM) * var, jnp.float32, ROWS)
+    for big in (y, dx):  # neither was gathered
+        assert big.sharding.shard_shape(x.shape) == of_x.shard_shape(x.shape)
