@@ -1,13 +1,15 @@
 """Batch norm as one function: parameters, running statistics and the kernel."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn import _affine, _devices, _normalize, _running, _shapes
+from jaxbn._affine import Config
+from jaxbn._moments import Moments
 from jaxbn._running import State
 
 
@@ -61,6 +63,25 @@ def init(
         jnp.zeros(shape, dtype) if use_bias else None,
     )
     return params, _running.new_state(shape, _shapes.accumulation_dtype(dtype))
+
+
+def normalize_whole(
+    config: Config,
+    derivative: str,
+    x: jax.Array,
+    scale: Any,
+    bias: Any,
+    mask: Any,
+    state: State,
+) -> tuple[jax.Array, Moments]:
+    """Plain batch norm of a training batch: y, and the moments as those of 1 batch."""
+    del state
+    y, batch = _normalize.normalize_batch(config, derivative, x, scale, bias, mask)
+    return y, Moments(*(m[None] for m in batch))
+
+
+# Arguments and result of `normalize_whole`; moments are (batches, features).
+Normalize = Callable[..., tuple[jax.Array, Moments]]
 
 
 def batch_norm(
@@ -162,11 +183,14 @@ def apply_batch_norm(
     derivative: str,
     dtype: Any = None,
     initializing: bool = False,
+    normalize: Normalize = normalize_whole,
+    ghost_batch_size: int | None = None,
 ) -> tuple[jax.Array, State]:
-    """`batch_norm`, with what the Flax modules need beside it.
+    """`batch_norm`, with what its variants and the Flax modules need beside it.
 
     `dtype` is that of y. While `initializing`, a batch of one is fine, `axis_name` need
-    not be bound, and the state stays as it is.
+    not be bound, and the state stays as it is. `normalize` is what a variant does to a
+    training batch; with `ghost_batch_size`, to as many of its rows at a time.
     """
     train = _shapes.check_static_bool("train", train)
     if not isinstance(params, Params):
@@ -187,14 +211,16 @@ def apply_batch_norm(
     if not initializing:
         names, groups = _devices.check_axis_name(axis_name, axis_index_groups)
         config = dataclasses.replace(config, axis_name=names, groups=groups)
-        devices = _devices.group_size(names, groups)
-        _shapes.check_count(x, config.features, devices, "training")
-    y, batch = _normalize.normalize_batch(config, derivative, x, scale, bias, mask)
+        together = None if ghost_batch_size else names
+        devices = _devices.group_size(together, groups)
+        shape = (ghost_batch_size or x.shape[0], *x.shape[1:])
+        _shapes.check_count(shape, config.features, devices, "training")
+    y, batches = normalize(config, derivative, x, scale, bias, mask, state)
     if initializing:
         return y, state
     new = _running.update(
         state,
-        batch,
+        batches,
         momentum=momentum,
         running_variance=running_variance,
         debias=debias,

@@ -110,7 +110,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             "`a` and `b` must have moments of one shape; got means of shape "
             f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
         )
-    return _merge(jnp.stack([_rows(a), _rows(b)]))
+    return _merge(jnp.stack([to_rows(a), to_rows(b)]))
 
 
 def moments(
@@ -124,7 +124,7 @@ def moments(
     local = _local_moments(x, mask, features)
     if axis_name is None:
         return local
-    return _merge(_devices.gather(_rows(local), axis_name, groups))
+    return _merge(_devices.gather(to_rows(local), axis_name, groups))
 
 
 def _local_moments(
@@ -158,16 +158,21 @@ def _count(
     return jnp.broadcast_to(count, [x.shape[i] for i in features])
 
 
-def _rows(m: Moments) -> jax.Array:
+def to_rows(m: Moments) -> jax.Array:
     """Moments as one array (3, features), to travel in one collective."""
     dtype = m.mean.dtype
     rows = jnp.broadcast_to(m.num_elements, m.mean.shape), m.mean, m.var
     return jnp.stack([row.astype(dtype) for row in rows])
 
 
+def from_rows(rows: jax.Array) -> Moments:
+    """The inverse of `to_rows`; the count then stands there for each feature."""
+    return Moments(rows[0].real, rows[1], rows[2].real)
+
+
 def _merge(rows: jax.Array) -> Moments:
-    """Moments of the union, from `_rows` of disjoint parts stacked in front."""
-    num_elements, mean, var = rows.real[:, 0], rows[:, 1], rows.real[:, 2]
+    """Moments of the union, from `to_rows` of disjoint parts stacked in front."""
+    num_elements, mean, var = jax.vmap(from_rows)(rows)
     total = num_elements.sum(0, keepdims=True)
     weight = num_elements / jnp.maximum(total, 1)
     mean = jnp.where(num_elements > 0, mean, 0)

@@ -91,7 +91,7 @@ def forward(
     Source: batch-norm-formulas, "forward pass"; Ioffe & Szegedy 2015, algorithm 1.
     """
     x, scale, bias, mask, config = check_arguments(x, scale, bias, mask, epsilon, axis)
-    _shapes.check_count(x, config.features, 1, "`forward`")
+    _shapes.check_count(x.shape, config.features, 1, "`forward`")
     return _forward(config, x, scale, bias, mask)
 
 

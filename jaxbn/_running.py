@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbn import _shapes
 from jaxbn._moments import Moments
@@ -25,52 +26,80 @@ class State(NamedTuple):
 
 def update(
     state: State,
-    batch: Moments,
+    batches: Moments,
     *,
     momentum: Any,
     running_variance: str = "biased",
     debias: bool = False,
 ) -> State:
-    """One step of the running statistics towards the moments of a batch.
+    """The running statistics after `batches`, moments (batches, features), in turn.
 
-    A feature keeps its old statistics where the batch counted nothing for it (fewer
-    than 2 elements, if "unbiased"), or where the new ones would not be finite. With
-    `momentum=None` or `debias` all features are updated or none is, as one count has
-    to be right for all of them.
+    A feature keeps its statistics where a batch counted nothing for it (fewer than 2
+    elements, if "unbiased"), or where its moments or what comes of them is not finite.
+    With `momentum=None` or `debias` all features are updated or none is, as one count
+    has to be right for all of them.
+
+    One step is s <- keep s + (1 - keep) b, with keep = 1 where the batch is passed
+    over. Many steps in turn are one weighted sum: the weight of b is its own 1 - keep
+    times the keep of all batches after it.
     """
-    new_var, enough = batch.var, batch.num_elements > 0
+    var, num_elements = batches.var, batches.num_elements
+    missing = (1,) * (var.ndim - num_elements.ndim)  # one count for all features
+    num_elements = num_elements.reshape(num_elements.shape + missing)
+    enough = num_elements > 0
     if running_variance == "unbiased":
-        enough = batch.num_elements > 1
-        freedom = jnp.maximum(batch.num_elements - 1, 1)
-        new_var = batch.var * (batch.num_elements / freedom)
-    keep = _share_kept(state.num_updates, momentum, debias)
-    mean = _blend(state.mean, batch.mean, keep)
-    var = _blend(state.var, new_var, keep)
-    took = enough & jnp.isfinite(mean) & jnp.isfinite(var)
-    if momentum is None or debias:
-        took = jnp.all(took)
+        enough = num_elements > 1
+        var = var * (num_elements / jnp.maximum(num_elements - 1, 1))
+    took = enough & jnp.isfinite(batches.mean) & jnp.isfinite(var)
+    one_count = momentum is None or debias
+    if one_count:
+        took = jnp.broadcast_to(_all_features(took), took.shape)
+    real = _shapes.accumulation_dtype(state.var.dtype)
+    keep, take = (
+        jnp.where(took, share, passed).astype(real)
+        for share, passed in zip(
+            _shares(state.num_updates, took, momentum, debias), (1, 0), strict=True
+        )
+    )
+    after = lax.cumprod(
+        jnp.concatenate([keep[1:], jnp.ones_like(keep[:1])]), reverse=True
+    )
+    weight = take * after
+
+    def blend(old: jax.Array, new: jax.Array) -> jax.Array:
+        dtype = _shapes.accumulation_dtype(old.dtype)
+        new = jnp.where(took, new, 0).astype(dtype)
+        kept = jnp.prod(keep, axis=0).astype(dtype) * old.astype(dtype)
+        return (kept + (weight.astype(dtype) * new).sum(0)).astype(old.dtype)
+
+    new = blend(state.mean, batches.mean), blend(state.var, var)
+    fits = jnp.isfinite(new[0]) & jnp.isfinite(new[1])  # the dtype of the state, too
+    if one_count:
+        fits = jnp.broadcast_to(jnp.all(fits), fits.shape)
+    num_taken = jnp.any(took & fits[None], axis=tuple(range(1, took.ndim))).sum()
     return State(
-        jnp.where(took, mean, state.mean),
-        jnp.where(took, var, state.var),
-        state.num_updates + jnp.any(took).astype(state.num_updates.dtype),
+        jnp.where(fits, new[0], state.mean),
+        jnp.where(fits, new[1], state.var),
+        state.num_updates + num_taken.astype(state.num_updates.dtype),
     )
 
 
-def _share_kept(num_updates: jax.Array, momentum: Any, debias: bool) -> Any:
-    """The weight of the old value: t / (t + 1) gives the average of all so far."""
-    t = num_updates.astype(jnp.float32)
-    if momentum is None:
-        return t / (t + 1)
+def _shares(
+    num_updates: jax.Array, took: jax.Array, momentum: Any, debias: bool
+) -> tuple[Any, Any]:
+    """In the update by each batch, the weight of the old value and that of the new."""
+    if momentum is not None and not debias:
+        return momentum, 1 - momentum
+    taken = _all_features(took).astype(jnp.float32)
+    t = num_updates.astype(jnp.float32) + lax.cumsum(taken) - taken
+    keep = t / (t + 1)  # the average of all so far
     if debias:
-        return jnp.minimum(jnp.asarray(momentum, t.dtype), t / (t + 1))
-    return momentum
+        keep = jnp.minimum(jnp.asarray(momentum, keep.dtype), keep)
+    return keep, 1 - keep
 
 
-def _blend(old: jax.Array, new: jax.Array, keep: Any) -> jax.Array:
-    dtype = _shapes.accumulation_dtype(old.dtype)
-    if isinstance(keep, jax.Array):
-        keep = keep.astype(dtype)
-    return (keep * old.astype(dtype) + (1 - keep) * new.astype(dtype)).astype(old.dtype)
+def _all_features(took: jax.Array) -> jax.Array:
+    return jnp.all(took, axis=tuple(range(1, took.ndim)), keepdims=True)
 
 
 def check_state(state: Any, x: jax.Array, features: tuple[int, ...]) -> State:

@@ -176,14 +176,15 @@ def check_static_bool(name: str, value: Any) -> bool:
 
 
 def check_count(
-    x: jax.Array, features: tuple[int, ...], devices: int, where: str
+    shape: tuple[Any, ...], features: tuple[int, ...], devices: int, where: str
 ) -> None:
     """Refuses a training batch with one element per feature, over all devices."""
-    count = devices * math.prod(x.shape[i] for i in reduction_axes(features, x.ndim))
+    reduced = reduction_axes(features, len(shape))
+    count = devices * math.prod(shape[i] for i in reduced)
     if isinstance(count, int) and count == 1:
         raise ValueError(
             f"{where} needs more than one element per feature, since the mean of one "
-            f"element is itself; got x with shape {x.shape} and features on "
+            f"element is itself; got x with shape {shape} and features on "
             f"{features} (under vmap or shard_map, name the batch axis: `axis_name`)"
         )
 

@@ -121,12 +121,8 @@ KINDS = ["shard_map, check_vma", "shard_map", "vmap", "pmap"]
 NAMES = "y mean var dx dscale dbias"
 
 
-def jit(kind, f):
-    """Pmap compiles by itself; all else must not run eagerly on forced devices."""
-    return f if kind == "pmap" else quick_jit(f)
-
-
-# Compiling is what takes the time here, a third of it in LLVM's optimizations.
+# Nothing here may run eagerly: on forced devices that takes minutes. Compiling is what
+# takes the time then, a third of it in LLVM's optimizations.
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )

@@ -12,11 +12,11 @@ from devices import (
     KINDS,
     NUM,
     draw,
-    jit,
     local_loss,
     mesh,
     old_state,
     over_devices,
+    quick_jit,
 )
 from flax import linen as nn
 from jax.sharding import NamedSharding
@@ -93,11 +93,11 @@ def test_large_mean_over_uneven_shards(kind):
     def moments(x, mask):
         return jaxbn.batch_moments(x, mask=mask, axis_name="d")
 
-    count, mean, var = jit(kind, over_devices(kind, moments, (0, 0)))(x, mask)
+    count, mean, var = quick_jit(over_devices(kind, moments, (0, 0)))(x, mask)
     want_count, want_mean, want_var = oracle.moments(
         x.reshape(-1, 3), mask=mask.reshape(-1, 1)
     )
-    np.testing.assert_array_equal(count, np.full(NUM, want_count[0]))
+    np.testing.assert_array_equal(count, np.tile(want_count, (NUM, 1)))
     np.testing.assert_allclose(mean, np.tile(want_mean, (NUM, 1)), rtol=1e-6)
     np.testing.assert_allclose(var, np.tile(want_var, (NUM, 1)), rtol=1e-3)
 

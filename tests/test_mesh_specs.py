@@ -161,7 +161,7 @@ def test_features_sharded_over_model(check_vma):
 
 @check_vma_or_not
 def test_models_side_by_side(check_vma):
-    """A vmap over two models that `spmd_axis_name` lays over "model"; rows over data."""
+    """Two models in a vmap that `spmd_axis_name` lays over "model"; rows over data."""
     x, scale, bias, mask, dy, c = draw((2, 4), (2,))
     dy = dy.reshape(x.shape)
 

@@ -20,7 +20,6 @@ from devices import (
     assert_all_close,
     draw,
     expected,
-    jit,
     local_loss,
     mesh,
     old_state,
@@ -30,7 +29,6 @@ from devices import (
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-
 
 EMPTY = {"counts differ": [], "one device empty": [3], "all devices empty": ALL[0]}
 
@@ -46,13 +44,13 @@ def program(kind, where, derivative, grouped, params_axis):
     in_axes = (0, params_axis, None, 0, 0, None)
     if where == "inside":
         grad = jax.grad(loss, (0, 1), has_aux=True)
-        return jit(kind, over_devices(kind, grad, in_axes))
+        return quick_jit(over_devices(kind, grad, in_axes))
 
     def total(*args):
         losses, aux = over_devices(kind, loss, in_axes)(*args)
         return losses.sum(), aux
 
-    return jit(kind, jax.grad(total, (0, 1), has_aux=True))
+    return quick_jit(jax.grad(total, (0, 1), has_aux=True))
 
 
 def whole(gradient, kind, where):
@@ -139,7 +137,7 @@ def test_bad_names_are_refused_before_jax_sees_them(kind):
 
     def moments(name):
         f = functools.partial(jaxbn.batch_moments, axis_name=name)
-        return jit(kind, over_devices(kind, f, (0,)))(x)
+        return quick_jit(over_devices(kind, f, (0,)))(x)
 
     for name in (("d", "d"), ["d", "e", "d"]):  # JAX 0.12 would abort the process
         with pytest.raises(ValueError, match="`axis_name` must name each axis once"):

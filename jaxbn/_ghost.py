@@ -1,0 +1,157 @@
+"""Ghost batch norm: each small part of a batch is normalized by its own moments."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _devices, _shapes
+from jaxbn._affine import Config
+from jaxbn._batch_norm import Params, apply_batch_norm
+from jaxbn._moments import Moments, from_rows, to_rows
+from jaxbn._normalize import normalize_batch
+from jaxbn._running import State
+
+
+def ghost_batch_norm(
+    x: Any,
+    params: Params,
+    state: State,
+    *,
+    train: bool,
+    ghost_batch_size: int,
+    momentum: Any = 0.9,
+    epsilon: float = 1e-5,
+    axis: _shapes.Axis = -1,
+    mask: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    running_variance: str = "biased",
+    debias: bool = False,
+    derivative: str = "vjp",
+) -> tuple[jax.Array, State]:
+    """Batch norm of ghost batches: `ghost_batch_size` rows share statistics, not all.
+
+    Large batches then keep the noise that small batches have, which generalizes better
+    (Hoffer, Hubara & Soudry 2017); "virtual batch size" elsewhere. Equivalent to
+    `batch_norm` of the ghost batches one after the other, with the running statistics
+    handed on, and to `batch_norm` where one ghost batch holds all rows.
+
+    Under plain jit over a sharded batch nothing is communicated for y and dx, if the
+    ghost batches lie within the shards.
+
+    Args:
+        x: As for `batch_norm`; axis 0 is the batch, and no feature axis.
+        params: As for `batch_norm`.
+        state: As for `batch_norm`.
+        train: True normalizes by the ghost batches, False by `state`.
+        ghost_batch_size: Rows, along axis 0, of one ghost batch; divides the batch. (A
+            batch that it does not divide can be padded, with a mask for the padding.)
+        momentum: As for `batch_norm`, for each ghost batch.
+        epsilon: As for `batch_norm`.
+        axis: As for `batch_norm`.
+        mask: As for `batch_norm`.
+        axis_name: Named axes whose devices merge their running statistics: as if their
+            ghost batches had come in turn, device after device. The ghost batches stay
+            on their devices.
+        axis_index_groups: As for `batch_norm`, of the running statistics.
+        running_variance: As for `batch_norm`.
+        debias: As for `batch_norm`.
+        derivative: As for `batch_norm`.
+
+    Returns:
+        y, with x's shape and dtype, and the new state; its count rises by the number
+        of ghost batches that counted anything.
+
+    Raises:
+        ValueError: `ghost_batch_size` does not divide the batch, axis 0 is a feature
+            axis, or as for `batch_norm`.
+        TypeError: `ghost_batch_size` is not an int, or as for `batch_norm`.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> params, state = jaxbn.init(1)
+        >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+        >>> y, state = jaxbn.ghost_batch_norm(
+        ...     x, params, state, train=True, ghost_batch_size=2
+        ... )
+        >>> print(y.round(3).T, state.num_updates)
+        [[-1.  1. -1.  1.]] 2
+
+    Source: Hoffer, Hubara & Soudry, "Train longer, generalize better", 2017,
+    algorithm 1.
+    """
+    x = _shapes.check_x(x)
+    check_ghost_batch_size(x, axis, ghost_batch_size)
+    return apply_batch_norm(
+        x,
+        params,
+        state,
+        train=train,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis=axis,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        running_variance=running_variance,
+        debias=debias,
+        derivative=derivative,
+        normalize=functools.partial(normalize_ghosts, size=ghost_batch_size),
+        ghost_batch_size=ghost_batch_size,
+    )
+
+
+def check_ghost_batch_size(x: jax.Array, axis: _shapes.Axis, size: Any) -> None:
+    """Refuses what does not split the rows of x into ghost batches."""
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"`ghost_batch_size` must be an int; got {size!r}")
+    if 0 in _shapes.feature_axes(axis, x.ndim):
+        raise ValueError(
+            "`axis` must leave axis 0 of x to the batch, which is split into ghost "
+            f"batches; got {axis!r}"
+        )
+    if size < 1 or x.shape[0] % size:
+        raise ValueError(
+            f"`ghost_batch_size` must divide the {x.shape[0]} rows of x; got {size} "
+            "(pad x to a multiple, and give a `mask` that is False for the padding)"
+        )
+
+
+def normalize_ghosts(
+    config: Config,
+    derivative: str,
+    x: jax.Array,
+    scale: Any,
+    bias: Any,
+    mask: Any,
+    state: State,
+    *,
+    size: int,
+) -> tuple[jax.Array, Moments]:
+    """A `Normalize`: y, and the moments of all ghost batches, on all devices."""
+    del state
+    x, scale, bias, mask = _devices.vary_together(
+        config.axis_name, x, scale, bias, mask
+    )
+    alone = Config(config.features, config.epsilon, dtype=config.dtype)
+
+    def split(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, size, *array.shape[1:])
+
+    if mask is not None:
+        mask = split(jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])))
+    y, batches = jax.vmap(
+        lambda x, mask: normalize_batch(alone, derivative, x, scale, bias, mask)
+    )(split(x), mask)
+    rows = jax.vmap(to_rows)(batches)
+    if config.axis_name is None:
+        # Under plain jit over shards, this gather makes one collective of all that the
+        # state needs; the barrier hides that it changes nothing.
+        rows = rows[lax.optimization_barrier(jnp.arange(rows.shape[0]))]
+    else:
+        rows = _devices.gather(rows, config.axis_name, config.groups)
+        rows = rows.reshape(-1, *rows.shape[2:])
+    return y.reshape(x.shape), jax.vmap(from_rows)(rows)
