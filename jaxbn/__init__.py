@@ -17,3 +17,4 @@ from jaxbn._renorm import batch_renorm as batch_renorm
 from jaxbn._renorm import ramp_d_max as ramp_d_max
 from jaxbn._renorm import ramp_r_max as ramp_r_max
 from jaxbn._running import State as State
+from jaxbn._running import update_state as update_state

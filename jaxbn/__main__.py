@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from jaxbn.cli import train
+from jaxbn.cli import bench, train
 from jaxbn.cli._arguments import CommandError, Parser
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "bench": bench}
 
 # What the commands import beyond the library's own dependencies.
 DEMO = {"matplotlib", "optax", "rich", "sklearn"}

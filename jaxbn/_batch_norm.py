@@ -201,8 +201,7 @@ def apply_batch_norm(
     state = _running.check_state(state, x, config.features)
     momentum = _shapes.check_momentum(momentum)
     debias = _shapes.check_static_bool("debias", debias)
-    variances = ("biased", "unbiased")
-    _shapes.check_choice("running_variance", running_variance, variances)
+    _running.check_running_variance(running_variance)
     _shapes.check_choice("derivative", derivative, ("vjp", "jvp"))
     config = dataclasses.replace(config, dtype=dtype)
     if not train:

@@ -84,7 +84,7 @@ def ghost_batch_norm(
     algorithm 1.
     """
     x = _shapes.check_x(x)
-    check_ghost_batch_size(x, axis, ghost_batch_size)
+    train = _shapes.check_static_bool("train", train)
     return apply_batch_norm(
         x,
         params,
@@ -99,13 +99,12 @@ def ghost_batch_norm(
         running_variance=running_variance,
         debias=debias,
         derivative=derivative,
-        normalize=functools.partial(normalize_ghosts, size=ghost_batch_size),
-        ghost_batch_size=ghost_batch_size,
+        **(as_ghosts(x, axis, ghost_batch_size) if train else {}),
     )
 
 
-def check_ghost_batch_size(x: jax.Array, axis: _shapes.Axis, size: Any) -> None:
-    """Refuses what does not split the rows of x into ghost batches."""
+def as_ghosts(x: jax.Array, axis: _shapes.Axis, size: Any) -> dict[str, Any]:
+    """The arguments that make `apply_batch_norm` split the rows of x."""
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"`ghost_batch_size` must be an int; got {size!r}")
     if 0 in _shapes.feature_axes(axis, x.ndim):
@@ -118,6 +117,8 @@ def check_ghost_batch_size(x: jax.Array, axis: _shapes.Axis, size: Any) -> None:
             f"`ghost_batch_size` must divide the {x.shape[0]} rows of x; got {size} "
             "(pad x to a multiple, and give a `mask` that is False for the padding)"
         )
+    normalize = functools.partial(normalize_ghosts, size=size)
+    return {"normalize": normalize, "ghost_batch_size": size}
 
 
 def normalize_ghosts(

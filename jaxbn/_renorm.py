@@ -128,12 +128,17 @@ def batch_renorm(
         running_variance=running_variance,
         debias=debias,
         derivative=derivative,
-        normalize=functools.partial(
-            renormalize,
-            r_max=check_limit("r_max", r_max, 1),
-            d_max=check_limit("d_max", d_max, 0),
-        ),
+        **as_renorm(r_max, d_max),
     )
+
+
+def as_renorm(r_max: Limit, d_max: Limit) -> dict[str, Any]:
+    """The arguments that make `apply_batch_norm` renormalize."""
+    limits = {
+        "r_max": check_limit("r_max", r_max, 1),
+        "d_max": check_limit("d_max", d_max, 0),
+    }
+    return {"normalize": functools.partial(renormalize, **limits)}
 
 
 def check_limit(name: str, limit: Limit, least: int) -> Limit:

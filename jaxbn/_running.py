@@ -24,6 +24,56 @@ class State(NamedTuple):
     num_updates: jax.Array
 
 
+def update_state(
+    state: State,
+    moments: Moments,
+    *,
+    momentum: Any = 0.9,
+    running_variance: str = "biased",
+    debias: bool = False,
+) -> State:
+    """One update of the running statistics by given moments, as `batch_norm` does it.
+
+    For gradient accumulation: normalize each microbatch, merge the moments of all with
+    `merge_moments`, and update once. The state is then that of the whole batch.
+
+    Args:
+        state: Running statistics.
+        moments: Of the batch, from `batch_moments` or `merge_moments`.
+        momentum: As for `batch_norm`.
+        running_variance: As for `batch_norm`.
+        debias: As for `batch_norm`.
+
+    Returns:
+        The new state; as it was where nothing was counted or something is not finite.
+
+    Raises:
+        ValueError: `momentum` is outside [0, 1], or `running_variance` no known word.
+        TypeError: `debias` is not a Python bool.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0], [3.0], [8.0]])
+        >>> moments = jaxbn.merge_moments(
+        ...     jaxbn.batch_moments(x[:2]), jaxbn.batch_moments(x[2:])
+        ... )
+        >>> jaxbn.update_state(jaxbn.init(1)[1], moments, momentum=0.5).mean
+        Array([2.], dtype=float32)
+    """
+    return update(
+        state,
+        Moments(*(jnp.asarray(m)[None] for m in moments)),
+        momentum=_shapes.check_momentum(momentum),
+        running_variance=check_running_variance(running_variance),
+        debias=_shapes.check_static_bool("debias", debias),
+    )
+
+
+def check_running_variance(word: Any) -> str:
+    """`word`, one of the two that there are."""
+    return _shapes.check_choice("running_variance", word, ("biased", "unbiased"))
+
+
 def update(
     state: State,
     batches: Moments,

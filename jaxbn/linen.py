@@ -7,8 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from jaxbn import _flax_rules, _shapes
+from jaxbn import _flax_rules, _recording, _shapes
 from jaxbn._batch_norm import Params, apply_batch_norm
+from jaxbn._ghost import as_ghosts
+from jaxbn._moments import Moments, batch_moments, merge_moments
+from jaxbn._recalibrate import recalibrate as recalibrate
+from jaxbn._renorm import as_renorm, ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
 
 
@@ -45,6 +49,8 @@ class BatchNorm(nn.Module):
         debias: The first updates average, until `momentum` keeps less, so that the
             statistics are never drawn towards their initial values.
         derivative: "vjp" is the analytic rule; "jvp" gives forward mode too.
+        ghost_batch_size: Rows that share statistics in training, as for
+            `jaxbn.ghost_batch_norm`; None is all of them.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -79,6 +85,7 @@ class BatchNorm(nn.Module):
     running_variance: str = "biased"
     debias: bool = False
     derivative: str = "vjp"
+    ghost_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -112,15 +119,20 @@ class BatchNorm(nn.Module):
                 "use_running_average", self.use_running_average, use_running_average
             ),
         )
+        recording = _recording.active()
+        if recording is not None:
+            use_running_average = recording.use_running_average
+        initializing = self.is_initializing()
+        updating = not (use_running_average or initializing or recording)
         param_dtypes = [self.param_dtype] * (self.use_scale or self.use_bias)
         x = jnp.asarray(x)
         dtype = _flax_rules.result_dtype(self.dtype, x, param_dtypes)
         x = _flax_rules.promote(x, dtype)
+        mask = _flax_rules.broadcast_mask(mask, x)
         features = _shapes.feature_axes(self.axis, x.ndim)
         shape = tuple(x.shape[i] for i in features)
-        updating = not use_running_average and not self.is_initializing()
         state, variables = _running_statistics(
-            self, shape, jnp.iscomplexobj(x), updating or self.is_initializing()
+            self, shape, jnp.iscomplexobj(x), with_count=updating or initializing
         )
         params = Params(
             self.param("scale", self.scale_init, shape, self.param_dtype)
@@ -130,6 +142,9 @@ class BatchNorm(nn.Module):
             if self.use_bias
             else None,
         )
+        if recording is not None:
+            recording.called.append((self.path, shape))
+            _record(self, batch_moments(x, axis=features, mask=mask))
         y, state = apply_batch_norm(
             x,
             params,
@@ -138,24 +153,77 @@ class BatchNorm(nn.Module):
             momentum=self.momentum,
             epsilon=self.epsilon,
             axis=features,
-            mask=_flax_rules.broadcast_mask(mask, x),
+            mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running_variance=self.running_variance,
             debias=self.debias,
             derivative=self.derivative,
             dtype=dtype,
-            initializing=self.is_initializing(),
+            # While recording, too: a batch may be small, and no axis is bound.
+            initializing=initializing or recording is not None,
+            **(self._variant(x, features) if updating else {}),
         )
         if updating:
             for name, variable in variables.items():
                 variable.value = getattr(state, name)
         return y
 
+    @nn.nowrap
+    def _keeps_count(self) -> bool:
+        return self.momentum is None or self.debias
 
-# Not a method: Flax would record each call of it, as of a layer.
+    @nn.nowrap
+    def _variant(self, x: jax.Array, features: tuple[int, ...]) -> dict[str, Any]:
+        """What `apply_batch_norm` is to do otherwise in training."""
+        if self.ghost_batch_size is None:
+            return {}
+        return as_ghosts(x, features, self.ghost_batch_size)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: `BatchNorm` that trains on what inference will use.
+
+    As `BatchNorm`, with the two limits of `jaxbn.batch_renorm`; the paper's ramp begins
+    as plain batch norm. `batch_stats` always holds `num_updates`.
+
+    Attributes:
+        r_max: At least 1: a number, an array, or a schedule (a function, such as
+            optax's) of the number of updates.
+        d_max: At least 0; likewise.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxbn.linen import BatchRenorm
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> norm = BatchRenorm(False, r_max=optax.linear_schedule(1.0, 3.0, 1000))
+        >>> variables = norm.init(jax.random.key(0), x)
+        >>> sorted(variables["batch_stats"])
+        ['mean', 'num_updates', 'var']
+
+    Source: Ioffe, "Batch Renormalization", 2017.
+    """
+
+    r_max: Any = ramp_r_max
+    d_max: Any = ramp_d_max
+
+    @nn.nowrap
+    def _keeps_count(self) -> bool:
+        return True
+
+    @nn.nowrap
+    def _variant(self, x: jax.Array, features: tuple[int, ...]) -> dict[str, Any]:
+        if self.ghost_batch_size is not None:
+            raise ValueError(
+                "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
+                f"those of the whole batch; got {self.ghost_batch_size}"
+            )
+        return as_renorm(self.r_max, self.d_max)
+
+
+# Not methods: Flax would record each call of them, as of a layer.
 def _running_statistics(
-    module: BatchNorm, shape: tuple[int, ...], is_complex: bool, with_count: bool
+    module: BatchNorm, shape: tuple[int, ...], is_complex: bool, *, with_count: bool
 ) -> tuple[State, dict[str, Any]]:
     """The state, and the variables that hold it; the count only where needed."""
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
@@ -163,7 +231,7 @@ def _running_statistics(
         dtype = jnp.complex64
     initial = new_state(shape, dtype)
     names = ["mean", "var"]
-    if with_count and (module.momentum is None or module.debias):
+    if with_count and module._keeps_count():
         names.append("num_updates")
     variables = {
         name: module.variable("batch_stats", name, getattr, initial, name)
@@ -171,3 +239,17 @@ def _running_statistics(
     }
     values = {name: variable.value for name, variable in variables.items()}
     return initial._replace(**values), variables
+
+
+def _record(module: BatchNorm, batch: Moments) -> None:
+    """Adds the moments to those that this layer has recorded in this call so far."""
+    values = (jnp.broadcast_to(batch[0], batch.mean.shape), *batch[1:])
+    variables = [
+        module.variable("batch_stats", name, jnp.zeros_like, value)
+        for name, value in zip(_recording.NAMES, values, strict=True)
+    ]
+    so_far = Moments(*(variable.value for variable in variables))
+    for variable, value in zip(
+        variables, merge_moments(so_far, Moments(*values)), strict=True
+    ):
+        variable.value = value

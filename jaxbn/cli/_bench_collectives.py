@@ -1,6 +1,8 @@
 """How often the devices that share a batch must wait for each other."""
 
+import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,18 @@ from jaxbn.cli._bench_peers import Build, Layer
 from jaxbn.cli._bench_programs import forward, forward_backward
 
 SPLIT, WHOLE = PartitionSpec("devices"), PartitionSpec()
+
+
+def ask_for_two_cpu_devices() -> None:
+    """Have JAX split the CPU in two, if it has not begun and nobody decided otherwise.
+
+    What runs on one of them still has all threads, and is as fast.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):  # JAX has begun
+        if getattr(jax.config, "jax_num_cpu_devices", 2) < 2:
+            jax.config.update("jax_num_cpu_devices", 2)
 
 
 def two_devices() -> Mesh | None:

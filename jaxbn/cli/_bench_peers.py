@@ -7,7 +7,7 @@ it is asked for.
 
 import functools
 import importlib
-import importlib.metadata
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import jaxbn
 
 MOMENTUM, EPSILON = 0.9, 1e-5
+
+OURS = "jaxbn"  # among the peers, and always measured
 
 
 class Layer(NamedTuple):
@@ -54,11 +56,11 @@ def _jaxbn(sample: jax.Array, axis: int, axis_name: str | None) -> Layer:
 
 
 def _linen(sample: jax.Array, axis: int, axis_name: str | None, kind: str) -> Layer:
-    import flax.linen
-    import jaxbn.linen
+    from flax import linen
 
-    norm: Any = jaxbn.linen.BatchNorm if kind == "jaxbn" else flax.linen.BatchNorm
-    module = norm(
+    from jaxbn.linen import BatchNorm
+
+    module: Any = (BatchNorm if kind == "jaxbn" else linen.BatchNorm)(
         momentum=MOMENTUM,
         epsilon=EPSILON,
         axis=axis,
@@ -122,8 +124,10 @@ def _haiku(sample: jax.Array, axis: int, axis_name: str | None) -> Layer:
         return layer(x.astype(jnp.float32), is_training).astype(x.dtype)
 
     init, apply = haiku.without_apply_rng(haiku.transform_with_state(norm))
+    params, state = init(jax.random.key(0), sample, True)
     return Layer(
-        *init(jax.random.key(0), sample, True),
+        params,
+        state,
         lambda x, params, state: apply(params, state, x, True, axis_name),
         lambda x, params, state: apply(params, state, x, False)[0],
     )
@@ -206,24 +210,21 @@ PEERS = {
 }
 
 
-def find(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Which peers are here.
-
-    Returns:
-      The versions of those that are, and why the others are not.
-    """
+def find(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Which of these peers are here, and why the others are not."""
     os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
-    found, missing = {}, {}
+    found, missing = [], {}
     for name in names:
-        peer = PEERS[name]
+        module, distribution, build = PEERS[name]
+        if importlib.util.find_spec(module) is None:
+            missing[name] = f"{distribution} is not installed"
+            continue
         try:
-            found[name] = importlib.metadata.version(peer.distribution)
-            if peer.build is not None:
+            if build is not None:  # PyTorch is imported elsewhere
                 with warnings.catch_warnings(action="ignore"):
-                    importlib.import_module(peer.module)
-        except importlib.metadata.PackageNotFoundError:
-            missing[name] = f"{peer.distribution} is not installed"
+                    importlib.import_module(module)
         except Exception as error:  # an import can fail in any way
-            del found[name]
-            missing[name] = f"{peer.distribution} cannot be imported: {error!r}"
+            missing[name] = f"{distribution} cannot be imported: {error!r}"
+        else:
+            found.append(name)
     return found, missing

@@ -40,7 +40,7 @@ def sample(case: Case, dtype: str) -> jax.Array:
 
 
 def copy(x: jax.Array) -> Program:
-    """x a + b, the yardstick: it reads x once and writes as much."""
+    """The yardstick, x a + b: it reads x once and writes as much."""
     layer = Layer(jnp.ones((), x.dtype), jnp.zeros((), x.dtype), _no_train, _copy)
     return _compile(_infer, layer, x)
 
