@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import _devices, _shapes
 
@@ -121,10 +122,15 @@ def moments(
     groups: _devices.Groups,
 ) -> Moments:
     """`batch_moments` of arguments that were checked."""
-    local = _local_moments(x, mask, features)
-    if axis_name is None:
-        return local
-    return _merge(_devices.gather(to_rows(local), axis_name, groups))
+    batch = _local_moments(x, mask, features)
+    if axis_name is not None:
+        batch = _merge(_devices.gather(to_rows(batch), axis_name, groups))
+    # So that a remat policy can keep these vectors, and recompute all that is large.
+    return Moments(
+        batch.num_elements,
+        checkpoint_name(batch.mean, "batch_norm_mean"),
+        checkpoint_name(batch.var, "batch_norm_var"),
+    )
 
 
 def _local_moments(

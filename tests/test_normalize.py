@@ -1,5 +1,7 @@
 """The kernel: forward, backward and normalize against the float64 oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,3 +311,25 @@ def test_residuals_are_x_and_vectors(dtype):
     _, vjp = jax.vjp(train, x, params)
     big = [a for a in jax.tree.leaves(vjp) if getattr(a, "size", 0) >= x.size]
     assert [a.dtype for a in big] == [dtype]
+
+
+def test_a_remat_policy_can_keep_the_moments():
+    """The vectors by their names: the backward pass then sums nothing twice."""
+    params, state = jaxbn.init(8)
+    policies = jax.checkpoint_policies
+    names = policies.save_only_these_names("batch_norm_mean", "batch_norm_var")
+
+    def sums(policy):
+        @functools.partial(jax.checkpoint, policy=policy)
+        def block(x, params):
+            y, _ = jaxbn.batch_norm(jnp.sin(x), params, state, train=True)
+            return jnp.cos(y)
+
+        def loss(x, params):
+            return (block(x, params) ** 2).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones((64, 8)), params)
+        return str(jaxpr).count("reduce_sum[")
+
+    # The mean's sum and the variance's.
+    assert sums(policies.nothing_saveable) - sums(names) == 2
