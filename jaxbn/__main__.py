@@ -3,10 +3,15 @@
 import sys
 from collections.abc import Sequence
 
-from jaxbn.cli import bench, train
+from jaxbn.cli import bench, inspect, reproduce, train
 from jaxbn.cli._arguments import CommandError, Parser
 
-COMMANDS = {"train": train, "bench": bench}
+COMMANDS = {
+    "train": train,
+    "bench": bench,
+    "inspect": inspect,
+    "reproduce": reproduce,
+}
 
 # What the commands import beyond the library's own dependencies.
 DEMO = {"matplotlib", "optax", "rich", "sklearn"}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jaxbn import _affine, _devices, _normalize, _running, _shapes
@@ -23,6 +24,11 @@ class Params(NamedTuple):
 
     scale: jax.Array | None
     bias: jax.Array | None
+
+
+# So that a function of them can be exported (jax.export) and read back.
+jax.export.register_namedtuple_serialization(Params, serialized_name="jaxbn.Params")
+jax.export.register_namedtuple_serialization(State, serialized_name="jaxbn.State")
 
 
 def init(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 Groups = tuple[tuple[int, ...], ...] | None
@@ -61,30 +62,67 @@ def group_size(axis_name: AxisName, groups: Groups) -> int:
     return len(groups[0]) if groups else lax.axis_size(axis_name)
 
 
-def gather(value: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+def position(axis_name: AxisName) -> jax.Array | None:
+    """The index of this device on the named axes.
+
+    Taken in the forward pass and handed to the backward one, where JAX binds no axis
+    (under grad of vmap).
+    """
+    return None if axis_name is None else lax.axis_index(axis_name)
+
+
+def gather(
+    value: jax.Array, axis_name: AxisName, groups: Groups, index: jax.Array | None
+) -> jax.Array:
     """The values of the devices that share this one's batch, stacked in front.
 
     A sum of one-hot tables: one all-reduce, a result that is typed as equal on all
     devices (that of `lax.all_gather` is not), and groups under every transformation
     (natively they fail under vmap and under shard_map's check_vma).
     """
-    index = lax.axis_index(axis_name)
-    rows = jnp.arange(lax.axis_size(axis_name)).reshape((-1,) + (1,) * value.ndim)
+    size = sum(map(len, groups)) if groups else lax.axis_size(axis_name)
+    rows = jnp.arange(size, dtype=jnp.int32).reshape((-1,) + (1,) * value.ndim)
     table = lax.psum(jnp.where(rows == index, value[None], 0), axis_name)
     if groups is None:
         return table
     group_of = {i: k for k, group in enumerate(groups) for i in group}
-    mine = jnp.array([groups[group_of[i]] for i in range(len(group_of))])[index]
-    return table[mine]
+    members = [groups[group_of[i]] for i in range(size)]
+    return table[jnp.array(members, jnp.int32)[index]]
 
 
-def group_sum(value: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+def group_sum(
+    value: jax.Array, axis_name: AxisName, groups: Groups, index: jax.Array | None
+) -> jax.Array:
     """The sum of `value` over the devices that share one batch."""
     if axis_name is None:
         return value
     if groups is None:
         return lax.psum(value, axis_name)
-    return gather(value, axis_name, groups).sum(0)
+    return gather(value, axis_name, groups, index).sum(0)
+
+
+def lay_out_as_features(param: Any, x: jax.Array, features: tuple[int, ...]) -> Any:
+    """`param` (None stays None) sharded as the features of x, on an explicit mesh.
+
+    There a sharding is part of a type, and those of parameter and gradient must agree;
+    JAX transposes this reshard.
+    """
+    if param is None:
+        return None
+    spec = jax.typeof(x).sharding.spec
+    return _reshard(param, x, PartitionSpec(*(spec[i] for i in features)))
+
+
+def lay_out_as(array: jax.Array, like: jax.Array) -> jax.Array:
+    """`array` with the sharding of `like`, on an explicit mesh."""
+    return _reshard(array, array, jax.typeof(like).sharding.spec)
+
+
+def _reshard(array: jax.Array, on: jax.Array, spec: PartitionSpec) -> jax.Array:
+    mesh = jax.typeof(on).sharding.mesh
+    if not mesh.explicit_axes or jax.typeof(array).sharding.spec == spec:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
 
 
 def vary_together(axis_name: AxisName, *arrays: Any) -> tuple[Any, ...]:

@@ -153,6 +153,7 @@ def normalize_ghosts(
         # state needs; the barrier hides that it changes nothing.
         rows = rows[lax.optimization_barrier(jnp.arange(rows.shape[0]))]
     else:
-        rows = _devices.gather(rows, config.axis_name, config.groups)
+        index = _devices.position(config.axis_name)
+        rows = _devices.gather(rows, config.axis_name, config.groups, index)
         rows = rows.reshape(-1, *rows.shape[2:])
     return y.reshape(x.shape), jax.vmap(from_rows)(rows)

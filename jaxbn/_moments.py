@@ -124,7 +124,8 @@ def moments(
     """`batch_moments` of arguments that were checked."""
     batch = _local_moments(x, mask, features)
     if axis_name is not None:
-        batch = _merge(_devices.gather(to_rows(batch), axis_name, groups))
+        index = _devices.position(axis_name)
+        batch = _merge(_devices.gather(to_rows(batch), axis_name, groups, index))
     # So that a remat policy can keep these vectors, and recompute all that is large.
     return Moments(
         batch.num_elements,

@@ -47,6 +47,7 @@ class Cache:
     scale: jax.Array | None
     mask: jax.Array | None
     moments: Moments
+    index: jax.Array | None
     bias_dtype: Any = dataclasses.field(metadata={"static": True})
     config: Config = dataclasses.field(metadata={"static": True})
 
@@ -140,7 +141,7 @@ def backward(
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
-    sums = _devices.group_sum(sums, config.axis_name, config.groups)
+    sums = _devices.group_sum(sums, config.axis_name, config.groups, cache.index)
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
 
@@ -163,6 +164,10 @@ def normalize_batch(
     x, scale, bias, mask = _devices.vary_together(
         config.axis_name, x, scale, bias, mask
     )
+    scale, bias = (
+        _devices.lay_out_as_features(param, x, config.features)
+        for param in (scale, bias)
+    )
     rule = _analytic if derivative == "vjp" else _native
     y, batch = rule(config, x, scale, bias, mask)
     return y, lax.stop_gradient(batch)
@@ -175,7 +180,8 @@ def _forward(
     x_apart, mean, var = lax.optimization_barrier((x, batch.mean, batch.var))
     y = affine(config, x_apart, mean, var, scale, bias, mask)
     bias_dtype = None if bias is None else bias.dtype
-    return y, Cache(x, scale, mask, batch, bias_dtype, config)
+    index = _devices.position(config.axis_name)
+    return y, Cache(x, scale, mask, batch, index, bias_dtype, config)
 
 
 def _apart_on_cpu(array: jax.Array, after: jax.Array) -> jax.Array:

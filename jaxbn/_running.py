@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _shapes
+from jaxbn import _devices, _shapes
 from jaxbn._moments import Moments
 
 
@@ -120,7 +120,8 @@ def update(
         dtype = _shapes.accumulation_dtype(old.dtype)
         new = jnp.where(took, new, 0).astype(dtype)
         kept = jnp.prod(keep, axis=0).astype(dtype) * old.astype(dtype)
-        return (kept + (weight.astype(dtype) * new).sum(0)).astype(old.dtype)
+        blended = kept + (weight.astype(dtype) * new).sum(0)
+        return _devices.lay_out_as(blended.astype(old.dtype), old)
 
     new = blend(state.mean, batches.mean), blend(state.var, var)
     fits = jnp.isfinite(new[0]) & jnp.isfinite(new[1])  # the dtype of the state, too

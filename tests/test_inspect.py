@@ -1,0 +1,356 @@
+"""inspect: the layer that was spoiled is named first, and nothing else is blamed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+
+from jaxbn import _inspect
+from jaxbn.__main__ import main
+from jaxbn._inspect import LayerStatistics, inspect_statistics
+from jaxbn._moments import Moments
+from jaxbn.linen import BatchNorm, recalibrate
+
+LAYERS = [f"BatchNorm_{i}" for i in range(3)]
+
+# Ways to spoil running statistics, from gross to what training itself may do.
+SPOILED = {
+    "mean off": lambda mean, var: (mean + 2 * np.sqrt(var), var),
+    "var too small": lambda mean, var: (mean, var / 20),
+    "var too large": lambda mean, var: (mean, var * 20),
+    "never updated": lambda mean, var: (mean * 0, var * 0 + 1),
+    "not a number": lambda mean, var: (mean * np.nan, var),
+    "infinite": lambda mean, var: (mean, var * np.inf),
+    "negative": lambda mean, var: (mean, -var),
+}
+
+
+class Net(nn.Module):
+    """Three batch norms, each after the one before it."""
+
+    norm: type[nn.Module] = BatchNorm
+
+    @nn.compact
+    def __call__(self, x, train):
+        for width in (8, 6, 4):
+            x = nn.Dense(width)(x)
+            x = nn.tanh(self.norm(use_running_average=not train)(x))
+        return x
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """Data, and variables with their very statistics."""
+    with jax.numpy_rank_promotion("allow"):
+        x = jax.random.normal(jax.random.key(0), (200, 5)) * 2 + 3
+        variables = Net().init(jax.random.key(1), x, train=True)
+    return x, recalibrate(Net(), variables, [x], train=True)
+
+
+def layer(mean, var, scale=None, data=None, epsilon=1e-5):
+    """A record, from lists."""
+    arrays = [np.asarray(a, np.float64) for a in (mean, var)]
+    if data is not None:
+        data = Moments(*(np.asarray(a, np.float64) for a in data))
+    scale = None if scale is None else np.asarray(scale, np.float64)
+    return LayerStatistics(("layer",), *arrays, scale, data, epsilon)
+
+
+# The function
+
+
+def test_sound_statistics_diverge_nowhere(sound):
+    x, variables = sound
+    layers = inspect_statistics(variables, Net(), [x], train=True)
+    assert {each.name for each in layers} == set(LAYERS)
+    for each in layers:
+        assert each.kl.shape == each.mean.shape == (each.num_features,)
+        assert each.kl.max() < 1e-9
+        assert each.dead == each.scale_near_zero == each.not_finite == []
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("name", LAYERS)
+def test_spoiled_layer_is_named_first_and_alone(sound, name, how):
+    x, variables = sound
+    stats = {key: dict(value) for key, value in variables["batch_stats"].items()}
+    spoiled = SPOILED[how](*(np.asarray(stats[name][k]) for k in ("mean", "var")))
+    stats[name] = dict(zip(("mean", "var"), spoiled, strict=True))
+    layers = inspect_statistics(
+        variables | {"batch_stats": stats}, Net(), [x], train=False
+    )
+    assert layers[0].name == name
+    assert layers[0].mean_kl > 0.05
+    assert all(np.isfinite(each.kl).all() for each in layers)
+    for other in layers[1:]:  # those after it, too
+        assert other.mean_kl < 1e-9
+
+
+def test_spoiled_channel_is_named(sound):
+    x, variables = sound
+    stats = {key: dict(value) for key, value in variables["batch_stats"].items()}
+    stats[LAYERS[1]]["mean"] = stats[LAYERS[1]]["mean"].at[4].add(9.0)
+    first = inspect_statistics(variables | {"batch_stats": stats}, Net(), [x], train=1)[
+        0
+    ]
+    assert (first.name, first.worst_channel) == (LAYERS[1], (4,))
+    assert np.argmax(first.kl) == 4
+
+
+def test_batches_are_pooled(sound):
+    x, variables = sound
+    first = Net().norm  # only the first layer is the same for any split
+    assert first is BatchNorm
+    layers = inspect_statistics(variables, Net(), [x[:50], (x[50:],)], train=True)
+    by_name = {each.name: each for each in layers}
+    assert by_name[LAYERS[0]].kl.max() < 1e-9
+    assert 1e-9 < by_name[LAYERS[2]].kl.max() < 0.1
+
+
+def test_kl_is_the_integral():
+    """Over a fine grid, with epsilon in both variances."""
+    mean, var, epsilon = [0.3, -2.0], [0.5, 4.0], 1e-3
+    data = ([9, 9], [0.0, 1.0], [1.0, 0.1])
+    kl = layer(mean, var, data=data, epsilon=epsilon).kl
+    t, step = np.linspace(-40, 40, 400_001, retstep=True)
+
+    def log_normal(m, v):
+        v = v + epsilon
+        return -0.5 * ((t - m) ** 2 / v + np.log(2 * np.pi * v))
+
+    for i in range(2):
+        p, q = log_normal(data[1][i], data[2][i]), log_normal(mean[i], var[i])
+        np.testing.assert_allclose(kl[i], step * np.sum(np.exp(p) * (p - q)), rtol=1e-6)
+
+
+def test_kl_is_finite_whatever_the_statistics():
+    values = [0.0, 1e-38, 1.0, 3e38, -1.0, np.nan, np.inf, -np.inf]
+    mean, var, true = (each.ravel() for each in np.meshgrid(values, values, values))
+    with np.errstate(all="ignore"):
+        odd = layer(mean, var, data=(mean * 0 + 1, true, abs(true)))
+    assert np.isfinite(odd.kl).all()
+    assert (odd.kl >= 0).all()
+    assert np.isfinite(odd.mean_kl)
+    # What is not finite in the data is not held against the running statistics.
+    assert (odd.kl[~np.isfinite(true)] == 0).all()
+    broken = np.isfinite(true) & ~np.isfinite(mean)
+    assert (odd.kl[broken] == _inspect.LARGEST_KL).all()
+
+
+def test_channels_are_found():
+    found = layer(
+        mean=[0.0, 300.0, 3000.0, 0.0],
+        var=[1.0, 1.0, 1.0, 1e-8],
+        scale=[0.0, 1.0, -1e-4, 0.5],
+    )
+    assert found.dead == [(3,)]
+    assert found.scale_near_zero == [(0,), (2,)]
+    np.testing.assert_allclose(found.mean_over_std, [0, 300, 3000, 0], rtol=1e-4)
+    assert found.kl is found.mean_kl is found.worst_channel is None
+    # The data have the last word on what the layer is given.
+    data = ([4, 4, 4, 0], [5.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0])
+    found = layer(found.mean, found.var, data=data)
+    assert found.dead == [(0,), (3,)]
+    np.testing.assert_allclose(found.mean_over_std, [5 / 1e-5**0.5, 0, 0, 0])
+    assert found.kl[3] == 0  # for which nothing was counted
+
+
+@pytest.mark.parametrize("dtype", _inspect.STD_IS_LOST)
+def test_std_is_lost_where_the_threshold_says(dtype):
+    """A unit of spread around a mean above the threshold: rounding moves all of it."""
+    limit = _inspect.STD_IS_LOST[dtype]
+    for mean, lost in ((limit * 1.01, True), (limit / 4, False)):
+        around = jnp.asarray([mean - 0.5, mean + 0.5], dtype)
+        spread = float(around[1]) - float(around[0])
+        assert (abs(spread - 1) >= 1 or float(around.mean()) != mean) == lost
+
+
+def test_without_data_layers_are_in_order_and_may_be_flax(sound):
+    x, _ = sound
+    with jax.numpy_rank_promotion("allow"):
+        variables = Net(nn.BatchNorm).init(jax.random.key(1), x, train=True)
+    layers = inspect_statistics(variables)
+    assert [each.path for each in layers] == [(name,) for name in LAYERS]
+    assert [each.num_features for each in layers] == [8, 6, 4]
+
+
+def test_stack_names_layer_and_channel():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return BatchNorm(use_running_average=True, name="norm")(x), None
+
+    stack = nn.scan(
+        Block,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=3,
+    )()
+    x = jax.random.normal(jax.random.key(0), (50, 4))
+    variables = stack.init(jax.random.key(1), x, None)
+    mean = variables["batch_stats"]["norm"]["mean"]
+    assert mean.shape == (3, 4)
+    stats = {"norm": {**variables["batch_stats"]["norm"], "mean": mean.at[2, 1].add(9)}}
+    variables = variables | {"batch_stats": stats}
+    [found] = inspect_statistics(variables, stack, [(x, None)])
+    assert found.worst_channel == (2, 1)
+    assert found.num_features == 12
+
+
+def test_model_that_is_a_batch_norm(sound):
+    x, _ = sound
+    norm = BatchNorm(use_running_average=True)
+    [found] = inspect_statistics(norm.init(jax.random.key(0), x), norm, [x])
+    assert found.path == ()
+    assert found.name == "(the model itself)"
+    assert found.kl.min() > 1
+
+
+def test_refusals(sound):
+    x, variables = sound
+    with pytest.raises(ValueError, match="`batches` must be given with `model`"):
+        inspect_statistics(variables, Net())
+    with pytest.raises(ValueError, match="`model` must be given with `batches`"):
+        inspect_statistics(variables, batches=[x])
+    with pytest.raises(ValueError, match="`batch_stats` with a mean and a var"):
+        inspect_statistics({"params": variables["params"]})
+    with pytest.raises(ValueError, match="at least one batch"):
+        inspect_statistics(variables, Net(), [], train=True)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run, to copy from."""
+    folder = tmp_path_factory.mktemp("inspect") / "run"
+    norms = ("jaxbn", "flax", "none")
+    flags = ("--model", "mlp", "--epochs", "2", "--norm", *norms, "--out", str(folder))
+    assert main(["train", *flags]) == 0
+    return folder
+
+
+def inspect(*words: object) -> int:
+    return main(["inspect", *map(str, words)])
+
+
+def figures(file: Path) -> dict:
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+def spoil(checkpoint: Path, name: str, how: str) -> None:
+    """As a person would: with Flax's own functions, and no care for the digest."""
+    content = serialization.msgpack_restore(checkpoint.read_bytes())
+    stats = content["state"]["batch_stats"][name]
+    stats["mean"], stats["var"] = SPOILED[how](stats["mean"], stats["var"])
+    checkpoint.write_bytes(serialization.msgpack_serialize(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (LAYERS[0], "mean off"),
+        (LAYERS[1], "not a number"),
+        (LAYERS[2], "never updated"),
+    ],
+)
+def test_command_names_the_spoiled_layer_first(run, tmp_path, capsys, name, how):
+    checkpoint = shutil.copy(run / "jaxbn.msgpack", tmp_path / "jaxbn.msgpack")
+    spoil(checkpoint, name, how)
+    assert inspect(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "changed after training" in out
+    assert f"worst: {name}, " in out
+    assert out.index(name) < min(out.index(x) for x in LAYERS if x != name)
+    content = figures(tmp_path / "jaxbn.inspect.json")
+    assert content["layers"][0]["path"] == [name]
+    assert content["layers"][0]["mean_kl"] > 5 * content["layers"][1]["mean_kl"]
+    accuracy = content["test_accuracy"]
+    true_ones = accuracy["true ones in all layers"]
+    assert accuracy["running statistics"] < true_ones - 0.1
+    assert accuracy["true ones in the worst layer"] > true_ones - 0.1
+    png = (tmp_path / "jaxbn.inspect.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_healthy_run_says_nothing_of_change(run, tmp_path, capsys):
+    files = tmp_path / "new" / "a.json", tmp_path / "b.png"
+    flags = ("--json", files[0], "--png", files[1])
+    assert inspect(run / "flax.msgpack", *flags) == 0
+    out = capsys.readouterr().out
+    assert "changed" not in out
+    assert all(name in out for name in LAYERS)
+    assert figures(files[0])["layers"][0]["mean_kl"] < 1
+    assert files[1].exists()
+
+
+def test_plain_variables_are_shown_without_divergence(run, tmp_path, capsys):
+    content = serialization.msgpack_restore((run / "jaxbn.msgpack").read_bytes())
+    variables = {key: content["state"][key] for key in ("params", "batch_stats")}
+    variables["batch_stats"][LAYERS[1]]["var"] *= np.float32(0)
+    file = tmp_path / "model[x].msgpack"
+    file.write_bytes(serialization.to_bytes(variables))
+    assert inspect(file) == 0
+    assert "without a model and data" in capsys.readouterr().out
+    layers = figures(tmp_path / "model[x].inspect.json")["layers"]
+    assert [each["path"] for each in layers] == [[name] for name in LAYERS]
+    assert [len(each["dead"]) for each in layers] == [0, 100, 0]
+    assert {each["mean_kl"] for each in layers} == {None}
+
+
+def test_command_refuses_in_one_line(run, tmp_path, capsys):
+    whole = (run / "jaxbn.msgpack").read_bytes()
+    content = serialization.msgpack_restore(whole)
+    odd = {
+        "cut.msgpack": (whole[: len(whole) // 2], "not a Flax checkpoint"),
+        "empty.msgpack": (b"", "not a Flax checkpoint"),
+        "text.msgpack": (b"not a checkpoint", "not a Flax checkpoint"),
+        "params.msgpack": (
+            serialization.msgpack_serialize({"params": content["state"]["params"]}),
+            "has no batch norm to inspect",
+        ),
+        "words.msgpack": (
+            serialization.msgpack_serialize(
+                {"batch_stats": {"norm": {"mean": "a", "var": "b"}}}
+            ),
+            "has no batch norm to inspect",
+        ),
+        "other.msgpack": (
+            serialization.msgpack_serialize(content | {"state": {"params": {}}}),
+            "is of another network",
+        ),
+        "settings.msgpack": (
+            serialization.msgpack_serialize(content | {"settings": 3}),
+            "is not an intact checkpoint",
+        ),
+    }
+    for name, (data, _) in odd.items():
+        (tmp_path / name).write_bytes(data)
+    refused = {tmp_path / name: message for name, (_, message) in odd.items()} | {
+        run / "none.msgpack": "its norm is none",
+        tmp_path / "missing.msgpack": "No such file",
+        tmp_path: "holds no checkpoint",
+    }
+    for path, message in refused.items():
+        with pytest.raises(SystemExit) as caught:
+            inspect(path)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert error.startswith("jaxbn inspect: error: ")
+        assert error.count("\n") == 1
+        assert message in error
+    for flags in (("--json", tmp_path / "x", "--png", tmp_path / "x"),):
+        with pytest.raises(SystemExit) as caught:
+            inspect(run, *flags)
+        assert caught.value.code == 2
+    assert not list(tmp_path.glob("*.inspect.*"))

@@ -1,0 +1,173 @@
+"""TPU without a TPU: libtpu compiles for eight described chips, and nothing runs.
+
+    pip install 'jaxbn[tpu]' && pytest -m tpu
+
+XLA for TPU counts the bytes that a program moves, fusion by fusion. In sizes of x that
+is what the kernel's docstring says, but that the two sums of the backward share one
+pass here: forward 4, backward 5.
+"""
+
+import functools
+import importlib.util
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+
+pytestmark = [
+    pytest.mark.tpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs libtpu: pip install 'jaxbn[tpu]'",
+    ),
+]
+
+CHIPS, FEATURES = 8, 256
+# On each chip, and too large for the 128 MiB beside the cores of a v5e: XLA would copy
+# x there, and count the copy.
+LOCAL = (512, 32, 32, FEATURES)
+DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+COLLECTIVES = "all-reduce all-gather all-to-all collective-permute reduce-scatter"
+
+batch_norm = functools.partial(jaxbn.batch_norm, train=True)
+
+
+@pytest.fixture(scope="module")
+def chips():
+    """The devices of a v5e slice that is described, not there."""
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",  # no question to a cloud's metadata server
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process of pytest-xdist, alone
+        "TPU_LOG_DIR": "disabled",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+        assert len(topology.devices) == CHIPS
+        yield np.array(topology.devices)
+
+
+def arguments(chips, dtype):
+    """A mesh of the chips, and on it shapes of (x, dy, params, state)."""
+    mesh = Mesh(chips, ("chips",), axis_types=(AxisType.Auto,))
+
+    def on_mesh(spec, shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    x = on_mesh(P("chips"), (LOCAL[0] * mesh.size, *LOCAL[1:]), dtype)
+    params, state = jax.tree.map(
+        lambda a: on_mesh(P(), a.shape, a.dtype), jaxbn.init(FEATURES)
+    )
+    return mesh, (x, x, params, state)
+
+
+def forward(norm, x, dy, params, state):
+    del dy
+    return norm(x, params, state)
+
+
+def both(norm, x, dy, params, state):
+    """Forward and backward, of all that a training step would use."""
+    y, vjp, state = jax.vjp(lambda *a: norm(*a, state), x, params, has_aux=True)
+    # In a network dy comes from y: no sum over dy can join the forward pass.
+    y, dy = jax.lax.optimization_barrier((y, dy))
+    return y, state, *vjp(dy)
+
+
+def compiled(step, args):
+    return jax.jit(step).lower(*args).compile()
+
+
+def sizes(program, dtype):
+    """Bytes moved and bytes of temporaries, on each chip, in sizes of x."""
+    nbytes = math.prod(LOCAL) * jnp.dtype(dtype).itemsize
+    moved = program.cost_analysis()["bytes accessed"]
+    return moved / nbytes, program.memory_analysis().temp_size_in_bytes / nbytes
+
+
+def collectives(program):
+    """How many of each kind a program has, those that it has."""
+    found = re.findall(
+        rf" ({'|'.join(COLLECTIVES.split())})(?:-start)?\(", program.as_text()
+    )
+    return {kind: found.count(kind) for kind in found}
+
+
+def with_relu(*args):
+    y, state = batch_norm(*args)
+    return jax.nn.relu(y), state
+
+
+def assert_passes(program, passes, dtype):
+    """So many reads and writes of x's size, and no temporary: no float32 copy."""
+    moved, temporary = sizes(program, dtype)
+    assert moved == pytest.approx(passes, abs=0.1)
+    assert temporary < 0.1
+
+
+barriers = pytest.mark.xfail(
+    raises=AssertionError,
+    reason="the barriers, meant for the CPU, write out dy after the relu: 10 sizes",
+)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "norm", [batch_norm, pytest.param(with_relu, marks=barriers)], ids=["alone", "relu"]
+)
+def test_one_chip(chips, norm, dtype):
+    _, args = arguments(chips[:1], dtype)
+    for step, passes in ((forward, 4), (both, 9)):
+        program = compiled(functools.partial(step, norm), args)
+        assert not collectives(program)
+        assert_passes(program, passes, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_eight_chips_by_name(chips, masked, dtype):
+    """One all-reduce forward, and one backward, with that of the parameters in it."""
+    mesh, args = arguments(chips, dtype)
+
+    def norm(x, params, state):
+        mask = None
+        if masked:  # of another count on each chip
+            rows = jnp.arange(LOCAL[0]).reshape(-1, 1, 1, 1)
+            mask = rows > jax.lax.axis_index("chips")
+        return batch_norm(x, params, state, axis_name="chips", mask=mask)
+
+    def over_chips(step, out_specs):
+        in_specs = P("chips"), P("chips"), P(), P()
+        return jax.shard_map(
+            functools.partial(step, norm),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+        )
+
+    specs = P("chips"), P()  # y, state; dx, dparams
+    for step, number in ((forward, 1), (both, 2)):
+        program = compiled(over_chips(step, specs * number), args)
+        assert collectives(program) == {"all-reduce": number}
+        assert_passes(program, 4 if step is forward else 9, dtype)
+
+
+@DTYPES
+def test_eight_chips_by_sharding(chips, dtype):
+    """Plain jit: XLA adds an all-reduce to each of the two passes for the moments."""
+    _, args = arguments(chips, dtype)
+    for step, number in ((forward, 2), (both, 3)):
+        program = compiled(functools.partial(step, batch_norm), args)
+        assert collectives(program) == {"all-reduce": number}
+        assert_passes(program, 4 if step is forward else 9, dtype)
