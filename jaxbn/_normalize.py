@@ -145,8 +145,8 @@ def backward(
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
 
-    x, dy, mean, on_x_hat = lax.optimization_barrier((x, dy, mean, on_x_hat))
-    g = zero_masked(dy.astype(dtype), mask)
+    x, mean, on_x_hat = lax.optimization_barrier((x, mean, on_x_hat))
+    g = zero_masked(_apart_on_cpu(dy, on_x_hat).astype(dtype), mask)
     conj = centered(x, mean, mask, config.features).conj()
     dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * conj
     return (
@@ -185,7 +185,11 @@ def _forward(
 
 
 def _apart_on_cpu(array: jax.Array, after: jax.Array) -> jax.Array:
-    """`array` behind a barrier. On a GPU or TPU two sums over it share a pass."""
+    """`array` behind a barrier, on the CPU alone.
+
+    On a GPU or TPU two sums over it share a pass, and what it is made of (by a relu's
+    derivative, say) is not written out.
+    """
     return lax.platform_dependent(
         array,
         after,
