@@ -52,7 +52,7 @@ def chart(rows: Sequence[Row], device: str) -> bytes | None:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     layers = list(dict.fromkeys(_label(row) for row in rows))
     figure = Figure(
-        figsize=(max(7, 2 + 1.05 * len(layers)), 1.4 + 2.7 * len(dtypes)),
+        figsize=(max(7, 1 + 0.85 * len(layers)), 1.4 + 2.7 * len(dtypes)),
         layout="constrained",
         facecolor="none",
     )
@@ -90,10 +90,16 @@ def _draw(axes: Axes, rows: Sequence[Row], layers: Sequence[str]) -> None:
             copies = row.copies or 0
             axes.bar(middle, min(copies, top), WIDTH, color=COLORS[row.contender])
             if copies > top:
-                how = {"color": INK, "fontsize": 7, "ha": "center", "va": "bottom"}
+                how = {
+                    "color": INK,
+                    "fontsize": 7,
+                    "ha": "center",
+                    "va": "bottom",
+                    "rotation": 90,
+                }
                 axes.text(middle, top, f"{copies:.0f}", **how)
     axes.axhline(FLOOR_IN_COPIES, **FLOOR)
-    axes.set_ylim(0, top)
+    axes.set(xlim=(-0.6, len(layers) - 0.4), ylim=(0, top))
     axes.set_facecolor("none")
     axes.tick_params(colors=INK)
     axes.spines[:].set_color(INK)

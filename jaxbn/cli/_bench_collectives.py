@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxbn.cli._bench_peers import Build, Layer
+from jaxbn.cli._bench_layers import Build, Layer
 from jaxbn.cli._bench_programs import forward, forward_backward
 
 SPLIT, WHOLE = PartitionSpec("devices"), PartitionSpec()

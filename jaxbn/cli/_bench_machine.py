@@ -26,7 +26,7 @@ def describe(distributions: Iterable[str]) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": _cpu_model() if on_cpu else jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
     }
 
 
@@ -41,6 +41,13 @@ def line(machine: dict[str, Any]) -> str:
         + (f" ({machine['device']})" if machine["backend"] != "cpu" else "")
         + f"; Python {machine['python']}, {versions}; {machine['date'][:10]}"
     )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a folder, say
 
 
 def _cpu_model() -> str:

@@ -10,12 +10,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn.cli._bench_programs import Program
-from jaxbn.cli._bench_suite import Group
+from jaxbn.cli._bench_suite import Case
 
 # Times a number of calls; in seconds.
 Timer = Callable[[int], float]
+
+# Of x and dy.
+Pairs = list[tuple[jax.Array, jax.Array]]
 
 # More than the last-level cache of any GPU or TPU: inputs that do not fill it take
 # turns with others that do. On a CPU they stay where they are, since what a layer reads
@@ -36,25 +40,22 @@ class Limits(NamedTuple):
     seconds: float
 
 
-def inputs(group: Group, seed: int) -> list[tuple[jax.Array, jax.Array]]:
+def inputs(case: Case, dtype: str, seed: int) -> Pairs:
     """Pairs of x and dy: one on a CPU, else enough not to find them in a cache."""
-    shape = group.case.shape
-    num_bytes = 2 * math.prod(shape) * jnp.dtype(group.dtype).itemsize
     num_sets = 1
     if jax.default_backend() != "cpu":
+        num_bytes = 2 * math.prod(case.shape) * jnp.dtype(dtype).itemsize
         num_sets = math.ceil(CACHE_BYTES / num_bytes)
+    generator = np.random.default_rng(seed)
 
-    @jax.jit
-    def draw(i: int) -> tuple[jax.Array, jax.Array]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
-        x = 2 * jax.random.normal(keys[0], shape) + 1
-        dy = jax.random.normal(keys[1], shape)
-        return x.astype(group.dtype), dy.astype(group.dtype)
+    def draw() -> tuple[jax.Array, jax.Array]:
+        x, dy = (generator.standard_normal(case.shape, np.float32) for _ in range(2))
+        return jnp.asarray(2 * x + 1, dtype), jnp.asarray(dy, dtype)
 
-    return [draw(i) for i in range(num_sets)]
+    return [draw() for _ in range(num_sets)]
 
 
-def timer(program: Program, pairs: list[tuple[jax.Array, jax.Array]]) -> Timer:
+def timer(program: Program, pairs: Pairs) -> Timer:
     """The timer of a compiled program."""
     turns = itertools.cycle(pairs)
     # A CPU would run several calls at a time; other devices run them one after another,

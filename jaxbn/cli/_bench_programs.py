@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.cli._bench_peers import Build, Layer
+from jaxbn.cli._bench_layers import Build, Layer
 from jaxbn.cli._bench_suite import Case, Group
 
 

@@ -42,6 +42,14 @@ def tables(results: Results) -> Iterator[Table]:
         yield _means(results)
 
 
+def failures(results: Results) -> Iterator[str]:
+    """A line for each contender that failed, with its first error."""
+    for name in dict.fromkeys(failure.contender for failure in results.failures):
+        first, *others = (each for each in results.failures if each.contender == name)
+        more = f" (and in {len(others)} more)" if others else ""
+        yield f"{name} failed in {first.group}{more}: {first.error}"
+
+
 def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxbn.cli._bench_peers import OURS, PEERS
 from jaxbn.cli._bench_programs import Program
@@ -47,6 +47,14 @@ class Row:
     sizes_residual: float | None
 
 
+class Failure(NamedTuple):
+    """A contender that raised an error in a group, and is missing there."""
+
+    contender: str
+    group: str
+    error: str
+
+
 @dataclasses.dataclass
 class Results:
     """All that is known so far."""
@@ -55,7 +63,7 @@ class Results:
     settings: dict[str, Any]
     missing: dict[str, str]
     rows: list[Row] = dataclasses.field(default_factory=list)
-    failures: list[str] = dataclasses.field(default_factory=list)
+    failures: list[Failure] = dataclasses.field(default_factory=list)
     # contender: {"jit": {mode: count}, "axis_name": {mode: count} or None}
     all_reduces: dict[str, Any] = dataclasses.field(default_factory=dict)
     interrupted: bool = False
@@ -65,6 +73,7 @@ class Results:
         content = dataclasses.asdict(self) | {
             "floor_in_copies": FLOOR_IN_COPIES,
             "geometric_means": geometric_means(self.rows),
+            "failures": [failure._asdict() for failure in self.failures],
         }
         return json.dumps(content, indent=1, allow_nan=False).encode()
 

@@ -9,7 +9,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxbn.cli import _bench_chart, _bench_collectives, _bench_machine, _bench_report
+from jaxbn.cli import (
+    _bench_chart,
+    _bench_collectives,
+    _bench_machine,
+    _bench_memory,
+    _bench_report,
+)
 from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._bench_measure import Limits
 from jaxbn.cli._bench_peers import PEERS, find
@@ -46,6 +52,7 @@ def execute(plan: Plan) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise CommandError(f"cannot write the file {path}")
+    _bench_memory.keep_freed_memory()
     _bench_collectives.ask_for_two_cpu_devices()
     found, missing = find(plan.peers)
     if "torch" in found and jax.default_backend() != "cpu":
@@ -71,27 +78,20 @@ def execute(plan: Plan) -> int:
             def show(description: str, completed: float) -> None:
                 bar.update(task, description=description, completed=completed)
 
-            session.run(plan.groups, show)
-            results.interrupted = interrupted()
-        _finish(plan, results, console)
-        for text in results.failures:
-            say(text)
+            for _ in session.run(plan.groups, show):
+                results.interrupted = interrupted()
+                if results.rows:
+                    write(plan.json, results.to_json())
+        for table in _bench_report.tables(results):
+            console.print(table)
+        for failure in _bench_report.failures(results):
+            say(failure)
+        if png := _bench_chart.chart(results.rows, machine["device"]):
+            write(plan.png, png)
+            say(f"the chart is {plan.png}")
+        if results.rows:
+            say(f"all figures are in {plan.json}")
         if not results.interrupted:
             return 0
         say("interrupted: that is what was measured until then")
         return 130
-
-
-def _finish(plan: Plan, results: Results, console: Console) -> None:
-    """Print the tables and write the files, if there is anything to put into them."""
-    for table in _bench_report.tables(results):
-        console.print(table)
-    if not results.rows:
-        return
-    written = [plan.json]
-    write(plan.json, results.to_json())
-    if png := _bench_chart.chart(results.rows, results.machine["device"]):
-        write(plan.png, png)
-        written.append(plan.png)
-    names = " and ".join(map(str, written))
-    console.print(f"written: {names}", markup=False, highlight=False, soft_wrap=True)

@@ -3,17 +3,17 @@
 import dataclasses
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import jax
 
 from jaxbn.cli import _bench_collectives, _bench_measure, _bench_programs
-from jaxbn.cli._bench_measure import Limits, Timer
+from jaxbn.cli._bench_measure import Limits, Pairs, Timer
 from jaxbn.cli._bench_peers import PEERS
 from jaxbn.cli._bench_programs import Program
-from jaxbn.cli._bench_results import COPY, Results, rows
-from jaxbn.cli._bench_suite import Group
+from jaxbn.cli._bench_results import COPY, Failure, Results, rows
+from jaxbn.cli._bench_suite import Case, Group
 from jaxbn.cli._bench_worker import Worker
 
 # Shows what is being done, and how far it is, in groups.
@@ -48,6 +48,7 @@ class Session:
         self.seed = seed
         self.interrupted = interrupted
         self.order = random.Random(seed)
+        self.last_inputs = None
         self.worker = Worker() if "torch" in peers else None
 
     def __enter__(self) -> "Session":
@@ -62,8 +63,8 @@ class Session:
         if self.worker is not None:
             self.worker.close()
 
-    def run(self, groups: Sequence[Group], show: Show) -> None:
-        """Measure these groups, then count all-reduces."""
+    def run(self, groups: Sequence[Group], show: Show) -> Iterator[None]:
+        """Measure these groups, then count all-reduces; stop after each of them."""
         for done, group in enumerate(groups):
             if self.interrupted():
                 return
@@ -74,39 +75,28 @@ class Session:
                 if name != "jaxbn-linen" or group.case == groups[0].case
             ]
             self._measure(group, peers, done, show)
+            yield
         show("all-reduces", len(groups))
         self._count_all_reduces()
+        yield
 
     def _measure(
         self, group: Group, peers: Sequence[str], done: int, show: Show
     ) -> None:
-        label = f"{group.case.name} {group.dtype} {group.mode}"
-
         def failed(name: str, error: Exception) -> None:
-            message = " ".join(str(error).split())[:200]
-            self.results.failures.append(
-                f"{name} failed at {label}: {type(error).__name__}: {message}"
-            )
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            self.results.failures.append(Failure(name, str(group), message[:300]))
 
-        pairs = _bench_measure.inputs(group, self.seed)
-        x, dy = pairs[0]
+        pairs = self._inputs(group.case, group.dtype)
         ready = _Contenders()
         for i, name in enumerate([COPY, *peers]):
             if self.interrupted():
                 return
-            show(f"{label}: {name}", done + 0.5 * i / (1 + len(peers)))
+            show(f"{group}: {name}", done + 0.5 * i / (1 + len(peers)))
             try:
-                if name == "torch":
-                    self._prepare_torch(group, ready)
-                    continue
-                with warnings.catch_warnings(action="ignore"):
-                    program = _program(name, group, x)
-                jax.block_until_ready(program.call(x, dy))
+                self._prepare(name, group, pairs, ready)
             except Exception as error:  # anything that a library may raise
                 failed(name, error)
-                continue
-            ready.programs[name] = program
-            ready.timers[name] = _bench_measure.timer(program, pairs)
 
         calls = 1
         if COPY in ready.timers:
@@ -117,20 +107,33 @@ class Session:
         ):
             samples.append(sample)
             share = len(samples) / self.limits.rounds
-            show(f"{label}: round {len(samples)}", done + 0.5 + 0.5 * share)
+            show(f"{group}: round {len(samples)}", done + 0.5 + 0.5 * share)
         if samples:
             self.results.rows += rows(group, samples, calls, ready.programs)
 
-    def _prepare_torch(self, group: Group, ready: _Contenders) -> None:
-        if self.worker is None:  # its process ended in an earlier group
+    def _prepare(
+        self, name: str, group: Group, pairs: Pairs, ready: _Contenders
+    ) -> None:
+        """Compile a contender and call it once."""
+        if name == "torch":
+            if self.worker is not None and self.worker.alive:
+                self.worker.build(group, self.seed)
+                ready.timers[name] = self.worker.seconds
             return
-        try:
-            self.worker.build(group, self.seed)
-            ready.timers["torch"] = self.worker.seconds
-        finally:
-            if not self.worker.alive:
-                self.worker.close()
-                self.worker = None
+        x, dy = pairs[0]
+        with warnings.catch_warnings(action="ignore"):
+            program = _program(name, group, x)
+        jax.block_until_ready(program.call(x, dy))
+        ready.programs[name] = program
+        ready.timers[name] = _bench_measure.timer(program, pairs)
+
+    def _inputs(self, case: Case, dtype: str) -> Pairs:
+        """Those of the group before, if it has the same."""
+        if self.last_inputs is None or self.last_inputs[:2] != (case, dtype):
+            self.last_inputs = None  # freed before there are others
+            pairs = _bench_measure.inputs(case, dtype, self.seed)
+            self.last_inputs = case, dtype, pairs
+        return self.last_inputs[2]
 
     def _count_all_reduces(self) -> None:
         mesh = _bench_collectives.two_devices()

@@ -9,7 +9,7 @@ import tempfile
 from types import TracebackType
 from typing import Any
 
-from jaxbn.cli import _bench_torch
+from jaxbn.cli import _bench_memory, _bench_torch
 from jaxbn.cli._bench_suite import Group
 
 # Idle threads sleep at once, whichever OpenMP this PyTorch was built with.
@@ -34,7 +34,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
-            env=os.environ | PASSIVE,
+            env=os.environ | PASSIVE | _bench_memory.ENVIRONMENT,
             text=True,
         )
 
@@ -95,9 +95,10 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
+            code = self.process.wait()
             self.stderr.seek(0)
-            last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
-            raise WorkerError(f"its process ended: {last}")
+            last = self.stderr.read().strip().splitlines()[-1:]
+            raise WorkerError(": ".join([f"its process ended with code {code}", *last]))
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])

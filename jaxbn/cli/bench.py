@@ -26,15 +26,17 @@ while it is not asked. Medians are shown.
 
 columns:
   ms        of one call, which returns all that a training step would use
-  copies    the time over that of x * a + b in the same rounds, for each layer.
-            Forward + backward cannot be faster than 4: x is read 4 times, dy twice,
-            and y and dx are written
+  copies    the time over that of x * a + b in the same rounds, for each layer. The
+            floor of forward + backward is 4, where x does not fit a cache: x is read
+            4 times, dy twice, y and dx are written, and a copy is one of each
   over jaxbn            the time over jaxbn's: more than 1 is slower than jaxbn
   sizes accessed        the bytes that XLA counts in all operations, over those of x
   sizes temp., kept     likewise, of temporaries, and of what JAX keeps for the backward
 
-A single call writes to fresh memory, and small layers stay in a cache; the chain, of
-eight layers in one program, reuses its buffers as a training step does.
+Memory that was freed is used again (under glibc malloc is set so, for PyTorch too):
+pages from the system would cost more than all passes over them. Small layers stay in a
+cache, where a copy is cheap beside the call itself. The chain, eight layers in one
+program, is the nearest to a training step.
 
 examples:
   python -m jaxbn bench --quick                          a minute or so
@@ -48,7 +50,7 @@ exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctr
 
 QUICK_ROUNDS, ROUNDS = 9, 25
 # A group of a slow layer gets fewer rounds, unless --rounds is given.
-QUICK_SECONDS, SECONDS = 1.5, 3.0
+QUICK_SECONDS, SECONDS = 1.5, 2.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,15 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one layer of each suite, few rounds, and unless --mode is given only "
         "forward+backward and chain",
     )
-    for name in ("json", "png"):
+    contents = {"json": "all figures", "png": "the chart, copies against the floor"}
+    for name, content in contents.items():
+        path = Path("runs", "bench", f"bench.{name}")
         parser.add_argument(
             f"--{name}",
             type=Path,
             metavar="FILE",
-            default=Path("runs", "bench", f"bench.{name}"),
-            help="where to write all figures"
-            if name == "json"
-            else "where to draw forward+backward against the floor",
+            default=path,
+            help=f"where to write {content}; replaced if it exists (default: {path})",
         )
     parser.add_argument(
         "--seed",
