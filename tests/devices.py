@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from cases import assert_close
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -115,6 +116,9 @@ def over_devices(kind, f, in_axes, spmd_axis_name=None):
     )
 
 
+check_vma_or_not = pytest.mark.parametrize(
+    "check_vma", [True, False], ids=["check_vma", "no check_vma"]
+)
 KINDS = ["shard_map, check_vma", "shard_map", "vmap", "pmap"]
 
 

@@ -50,9 +50,6 @@ def draw():
 def test_equals_the_whole_batch(kind, layout, derivative):
     devices = mesh(data=4, model=2, kind=kind)
     of_x, of_params = (NamedSharding(devices, spec) for spec in LAYOUTS[layout])
-    # The state lies as the features do: explicit sharding is part of a type, and an
-    # update changes no type.
-    of_state = NamedSharding(devices, P(LAYOUTS[layout][0][1]))
     x, params, mask, dy, c = draw()
     _, state = jaxbn.init(FEATURES)
     f = quick_jit(functools.partial(gradients, derivative=derivative))
@@ -61,12 +58,12 @@ def test_equals_the_whole_batch(kind, layout, derivative):
             jax.device_put(x, of_x),
             jax.device_put(params, of_params),
             state._replace(
-                mean=jax.device_put(state.mean, of_state),
-                var=jax.device_put(state.var, of_state),
+                mean=jax.device_put(state.mean, of_params),
+                var=jax.device_put(state.var, of_params),
             ),
             jax.device_put(mask, of_x),
             jax.device_put(dy, of_x),
-            [jax.device_put(a, of_state) for a in c],
+            [jax.device_put(a, of_params) for a in c],
         )
     options = {"epsilon": EPSILON, "mask": mask}
     assert_close(y, oracle.forward(x, *params, **options), jnp.float32, ROWS)
@@ -78,3 +75,5 @@ def test_equals_the_whole_batch(kind, layout, derivative):
     assert_close(new.var, MOMENTUM + (1 - MOMENTUM) * var, jnp.float32, ROWS)
     for big in (y, dx):  # neither was gathered
         assert big.sharding.shard_shape(x.shape) == of_x.shard_shape(x.shape)
+    if kind == AxisType.Explicit:  # part of the type, which an update keeps
+        assert new.mean.sharding.is_equivalent_to(of_params, 1)

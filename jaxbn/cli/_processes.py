@@ -148,7 +148,11 @@ def _connect(group: Group) -> Any:
 
 def _compare(group: Group, client: Any, flags: Mapping[str, Any]) -> None:
     """Refuse, in all processes, to train something else in each."""
-    flags = {**flags, "--devices": group.num_devices // group.num_processes}
+    flags = {
+        "--num-processes": group.num_processes,
+        "--devices": group.num_devices // group.num_processes,
+        **flags,
+    }
     client.key_value_set(f"jaxbn/flags/{group.process_id}", json.dumps(flags))
     own = json.loads(json.dumps(flags))
     for process in range(group.num_processes):
