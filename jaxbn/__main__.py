@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-from jaxbn.cli import bench, inspect, reproduce, train
+from jaxbn.cli import bench, check, inspect, reproduce, train
 from jaxbn.cli._arguments import CommandError, Parser
 
 COMMANDS = {
     "train": train,
     "bench": bench,
+    "check": check,
     "inspect": inspect,
     "reproduce": reproduce,
 }
