@@ -55,9 +55,7 @@ def test_a_planted_error_is_found(monkeypatch, capsys, name, planted, case, quan
     assert _check_cases.errors(few[1], 0)[quantity] > few[1].tolerance()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--devices", "0"], ["--seed", "-1"], ["--nonsense"]]
-)
+@pytest.mark.parametrize("flags", [["--devices", "0"], ["--seed", "-1"], ["--what"]])
 def test_wrong_flags_are_one_line(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["check", *flags])

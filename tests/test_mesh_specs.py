@@ -66,6 +66,7 @@ def summed(array, spec):
 @pytest.mark.parametrize(
     ("sync", "derivative"),
     [*((sync, "vjp") for sync in SYNC), *((sync, "jvp") for sync in SYNC[1:])],
+    ids=str,
 )
 @check_vma_or_not
 def test_every_combination_of_specs(sync, check_vma, derivative):

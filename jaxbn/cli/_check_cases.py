@@ -1,5 +1,6 @@
 """What `check` computes: one batch norm in many settings, and what must come out."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -48,14 +49,14 @@ def cases() -> Iterator[Case]:
             yield Case(dtype, "plain", over)
             yield Case(dtype, "masked", over)
         yield Case(dtype, "channel first")
-        if dtype in (jnp.float32, jnp.float64):
-            yield Case(dtype, "large mean")
+    # In float32 alone: half precisions cannot hold it, the host's is no better in 64.
+    yield Case(jnp.float32, "large mean")
 
 
 def errors(case: Case, seed: int) -> dict[str, float]:
     """The relative error of each quantity; of a failure to compute it, infinity."""
     wide = case.dtype == jnp.float64
-    with jax.enable_x64(True) if wide else jax.enable_x64(jax.config.jax_enable_x64):
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
         x, scale, bias, mask, dy = _draw(case, seed)
         want = _oracle(x, scale, bias, mask, dy)
         got = _compute(case, x, scale, bias, mask, dy)

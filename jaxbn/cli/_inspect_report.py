@@ -42,7 +42,7 @@ def table(layers: Sequence[LayerStatistics]) -> Table:
     rows = Table(
         caption=f"where |mean|/std is above {lost}, the std is lost",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         show_edge=False,
     )
     rows.add_column("batch norm", overflow="fold")
@@ -50,7 +50,7 @@ def table(layers: Sequence[LayerStatistics]) -> Table:
         "channels",
         "dead",
         "scale\nnear 0",
-        "worst\n|mean|/std",
+        " worst\n |mean|/std",
         "KL\n(nats)",
         "in\nchannel",
     ):

@@ -119,7 +119,7 @@ def _table(experiment: Experiment, rows: Sequence[Row], seeds: int) -> Table:
         title=experiment.title,
         caption=f"test accuracy in %: mean (least–greatest) of {seeds} seeds",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         show_edge=False,
     )
     table.add_column("epoch" if experiment.every_epoch else "")
