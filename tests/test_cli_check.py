@@ -33,7 +33,7 @@ def no_projection(dy, cache):
 
 def cancelling(x, mask, *rest):
     n, mean, var = moments(x, mask, *rest)
-    return _moments.Moments(n, mean * (1 + 1e-5), var)
+    return _moments.Moments(n, mean * (1 + 1e-4), var)
 
 
 backward, moments = _normalize.backward, _normalize.moments

@@ -50,7 +50,7 @@ def table(layers: Sequence[LayerStatistics]) -> Table:
         "channels",
         "dead",
         "scale\nnear 0",
-        " worst\n |mean|/std",
+        "worst\n|mean|/std",
         "KL\n(nats)",
         "in\nchannel",
     ):
