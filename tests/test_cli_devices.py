@@ -227,7 +227,8 @@ def test_none_waits_for_a_process_that_hangs(tmp_path, processes):
     processes.all[1].send_signal(signal.SIGSTOP)
     line = "jaxbn train: error: process 0: no sign of life from process 1\n"
     code, _, err = processes.end(0, seconds=40)
-    assert (code, err) == (1, line)
+    assert code == 1
+    assert err.startswith(line)  # JAX may log the loss too, if it sees it in time
 
 
 def test_processes_wait_for_each_other_for_a_time(tmp_path, processes):
