@@ -10,6 +10,8 @@ from jax.nn import initializers
 from jaxbn import _flax_rules, _recording, _shapes
 from jaxbn._batch_norm import Params, apply_batch_norm
 from jaxbn._ghost import as_ghosts
+from jaxbn._inspect import LayerStatistics as LayerStatistics
+from jaxbn._inspect import inspect_statistics as inspect_statistics
 from jaxbn._moments import Moments, batch_moments, merge_moments
 from jaxbn._recalibrate import recalibrate as recalibrate
 from jaxbn._renorm import as_renorm, ramp_d_max, ramp_r_max
