@@ -211,9 +211,11 @@ def test_none_outlives_a_process_that_is_killed(victim, tmp_path, processes):
     processes.wait_for_checkpoint(folder, 22)
     processes.all[victim].kill()
     code, _, err = processes.end(1 - victim, seconds=60)
-    # Where JAX is the first to see that the coordinator is gone, it aborts.
-    assert code == 1 or (victim == 0 and code == -signal.SIGABRT)
-    if code == 1:
+    # JAX may be the first to see that the coordinator is gone, and end this process
+    # in a way of its own, in the middle of our line.
+    assert code not in (0, 130)
+    if victim == 1:
+        assert code == 1
         assert f"jaxbn train: error: process {1 - victim}: " in err
     epochs = 1 + step_in(folder) // 22  # the checkpoint is intact
     assert train("--resume", "--out", folder, "--epochs", epochs) == 0
@@ -237,7 +239,9 @@ def test_processes_wait_for_each_other_for_a_time(tmp_path, processes):
     flags = (*SHORT, "--out", tmp_path / "run")
     processes.start(*group(port, 1), *flags, code=code)
     line = "jaxbn train: error: process 1: no sign of life from process 0\n"
-    assert processes.end(0, seconds=60) == (1, "", line)
+    code, out, err = processes.end(0, seconds=60)
+    assert (code, out) == (1, "")
+    assert err.startswith(line)  # JAX may log the loss too
     assert not list(tmp_path.iterdir())
 
 
