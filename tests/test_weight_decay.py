@@ -1,0 +1,214 @@
+"""weight_decay_mask: batch norms by class, whatever they are called; optax obeys."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from jaxbn.linen import BatchNorm, BatchRenorm, weight_decay_mask
+
+ROWS, WIDTH = 8, 4
+SHAPES = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+DENSE = {"kernel": True, "bias": True}
+NORM = {"scale": False, "bias": False}
+
+
+class Misnamed(nn.Module):
+    """A Dense called "scale", one called "BatchNorm_0", and a norm called "kernel"."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dense(WIDTH, name="scale")(x)
+        x = nn.Dense(WIDTH, name="BatchNorm_0")(x)
+        x = BatchNorm(name="kernel")(x, not train)
+        return nn.Dropout(0.5)(x, deterministic=not train)
+
+
+MISNAMED = {"scale": DENSE, "BatchNorm_0": DENSE, "kernel": NORM}
+
+
+class Setup(nn.Module):
+    """Layers made in setup, one of them called twice."""
+
+    def setup(self):
+        self.shared = BatchNorm(use_running_average=False)
+        self.blocks = [Misnamed(), nn.BatchNorm(use_running_average=False)]
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(self.shared(x))
+        return x
+
+
+class Stacks(nn.Module):
+    """Three layers by nn.scan, as many by nn.vmap as there are rows."""
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "batch_stats": 0}
+        split = {"params": True, "dropout": True}
+        scan = nn.scan(
+            lambda block, x, _: (block(x), None), axes, split_rngs=split, length=3
+        )
+        x, _ = scan(nn.remat(Misnamed)(name="scanned"), x, None)
+        rows = jnp.broadcast_to(x, (ROWS, *x.shape))
+        vmap = nn.vmap(Misnamed, variable_axes=axes, split_rngs=split)
+        return vmap(name="mapped")(rows)
+
+
+class Own(BatchRenorm):
+    """An heir with a parameter more."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None, **kwargs):
+        kernel = self.param("kernel", nn.initializers.ones, (1, WIDTH))
+        return super().__call__(x * kernel, use_running_average, **kwargs)
+
+
+class InOneScope(nn.Module):
+    """The norm's parameters lie beside the kernel of the module around it."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = BatchNorm(use_running_average=False)
+        nn.share_scope(self, norm)
+        return norm(x * self.param("kernel", nn.initializers.ones, (1, WIDTH)))
+
+
+BOXED = {"scale_init": nn.with_partitioning(nn.initializers.ones, ("features",))}
+MODELS = {
+    "misnamed": (Misnamed(), MISNAMED),
+    "setup": (Setup(), {"shared": NORM, "blocks_0": MISNAMED, "blocks_1": NORM}),
+    "stacks": (Stacks(), {"scanned": MISNAMED, "mapped": MISNAMED}),
+    "jit": (nn.jit(Misnamed)(), MISNAMED),
+    "norm alone": (nn.BatchNorm(False), NORM),
+    "heir": (Own(False), NORM | {"kernel": True}),
+    "in one scope": (InOneScope(), NORM | {"kernel": True}),
+    "no scale": (BatchNorm(False, use_scale=False), {"bias": False}),
+    "boxed": (BatchNorm(False, **BOXED), NORM),
+    "other norm": (nn.LayerNorm(), {"scale": True, "bias": True}),
+    "no parameters": (BatchNorm(False, use_scale=False, use_bias=False), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_norms_alone_are_spared(name):
+    model, desired = MODELS[name]
+    x = jnp.ones(SHAPES.shape)
+    params = model.init(jax.random.key(0), x).get("params", {})
+    for _ in range(2):  # nn.jit remembers, and must be seen through every time
+        assert weight_decay_mask(model, SHAPES) == desired
+        assert weight_decay_mask(model, x) == desired
+    assert jax.tree.structure(desired) == jax.tree.structure(nn.unbox(params))
+
+
+def test_names_would_mislead():
+    """What masks by name make of the same model, so that it is worth the trouble."""
+    params = flatten_dict(Misnamed().init(jax.random.key(0), jnp.ones(SHAPES.shape)))
+    desired = flatten_dict({"params": MISNAMED})
+    for by_name in (
+        lambda path: path[-1] not in ("scale", "bias"),
+        lambda path: "BatchNorm" not in path[-2],
+        lambda path: "scale" not in path,
+    ):
+        mask = {path: by_name(path) for path in params if path[0] == "params"}
+        assert mask != desired
+
+
+def test_arguments_are_those_of_init():
+    """Static ones stay static, in any position; another method; several inputs."""
+
+    class Branches(nn.Module):
+        @nn.compact
+        def __call__(self, x, deep, *, train):
+            x = nn.Dense(WIDTH)(x)
+            return BatchNorm()(x, not train) if deep else x
+
+        @nn.compact
+        def encode(self, batch):
+            x = batch["a"] + batch["b"]
+            return BatchNorm(use_running_average=False, name="norm")(x)
+
+    mask = weight_decay_mask(Branches(), SHAPES, True, train=False)
+    assert mask == {"Dense_0": DENSE, "BatchNorm_0": NORM}
+    assert weight_decay_mask(Branches(), SHAPES, False, train=True) == {
+        "Dense_0": DENSE
+    }
+    batch = {"a": SHAPES, "b": SHAPES}
+    assert weight_decay_mask(Branches(), batch, method="encode") == {"norm": NORM}
+
+
+def test_nothing_is_computed():
+    """A kernel of 4 TB, of which only the shape is made."""
+    wide = jax.ShapeDtypeStruct((2, 2**20), jnp.float32)
+    model = nn.Sequential([nn.Dense(2**20), BatchNorm(use_running_average=False)])
+    assert weight_decay_mask(model, wide) == {"layers_0": DENSE, "layers_1": NORM}
+
+
+def test_what_is_no_linen_module():
+    with pytest.raises(TypeError, match=r"`model` must be a flax.linen.Module; got di"):
+        weight_decay_mask({"params": {}}, SHAPES)
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.float32(rng.uniform(0.5, 1.5, a.shape)), tree)
+
+
+def params_after(optimizer, params, gradients):
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        for _ in range(3):
+            params, state = step(params, state)
+    return params
+
+
+OPTIMIZERS = {
+    "adamw": lambda decay, mask: optax.adamw(0.1, weight_decay=decay, mask=mask),
+    "masked": lambda decay, mask: optax.chain(
+        optax.masked(optax.add_decayed_weights(decay), mask), optax.sgd(0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("name", ["misnamed", "setup", "stacks", "jit"])
+def test_steps_with_optax(name, optimizer):
+    """Bit for bit, a spared parameter moves as without decay, the others as with it."""
+    model, desired = MODELS[name]
+    mask = weight_decay_mask(model, SHAPES)
+    params = jax.eval_shape(model.init, jax.random.key(0), SHAPES)["params"]
+    params, gradients = random_like(params, 0), random_like(params, 1)
+    everything = jax.tree.map(lambda _: True, params)
+    moved = params_after(optimizer(0.5, mask), params, gradients)
+    decayed = params_after(optimizer(0.5, everything), params, gradients)
+    spared = params_after(optimizer(0.0, everything), params, gradients)
+    wanted = jax.tree.map(lambda m, a, b: a if m else b, desired, decayed, spared)
+    jax.tree.map(np.testing.assert_array_equal, moved, wanted)
+    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, decayed, spared)))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_decay_without_gradient(optimizer):
+    """Three steps of rate 0.1 and decay 0.5: all but the norm shrink by 0.95 each."""
+    model, desired = MODELS["misnamed"]
+    params = jax.eval_shape(model.init, jax.random.key(0), SHAPES)["params"]
+    params = random_like(params, 0)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    moved = params_after(
+        optimizer(0.5, weight_decay_mask(model, SHAPES)), params, nothing
+    )
+    for path, param in flatten_dict(params).items():
+        factor = 0.95**3 if flatten_dict(desired)[path] else 1
+        np.testing.assert_allclose(
+            flatten_dict(moved)[path], factor * param, rtol=4e-7 * (factor != 1)
+        )
