@@ -3,6 +3,7 @@
 The functions here know no framework; `jaxbn.linen` holds the Flax module.
 """
 
+from jaxbn import convert as convert
 from jaxbn._affine import normalize as normalize
 from jaxbn._batch_norm import Params as Params
 from jaxbn._batch_norm import batch_norm as batch_norm
