@@ -116,16 +116,8 @@ def assert_passes(program, passes, dtype):
     assert temporary < 0.1
 
 
-barriers = pytest.mark.xfail(
-    raises=AssertionError,
-    reason="the barriers, meant for the CPU, write out dy after the relu: 10 sizes",
-)
-
-
 @DTYPES
-@pytest.mark.parametrize(
-    "norm", [batch_norm, pytest.param(with_relu, marks=barriers)], ids=["alone", "relu"]
-)
+@pytest.mark.parametrize("norm", [batch_norm, with_relu], ids=["alone", "relu"])
 def test_one_chip(chips, norm, dtype):
     _, args = arguments(chips[:1], dtype)
     for step, passes in ((forward, 4), (both, 9)):
