@@ -13,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import _devices, _shapes
+from jaxbn._barriers import apart_on_cpu
 
 
 class Moments(NamedTuple):
@@ -144,7 +145,7 @@ def _local_moments(
     total = zero_masked(x.astype(dtype), mask).sum(reduced)
     # The second pass takes x behind a barrier: XLA:CPU would write out a float32 copy
     # of a bfloat16 x, for both passes to share.
-    x, mean = lax.optimization_barrier((x, total / divisor.astype(dtype)))
+    x, mean = apart_on_cpu(x, total / divisor.astype(dtype))
     squares = abs_squared(centered(x, mean, mask, features))
     return Moments(num_elements, mean, squares.sum(reduced) / divisor)
 

@@ -35,6 +35,7 @@ from jax import lax
 
 from jaxbn import _devices, _shapes
 from jaxbn._affine import Config, affine, cast, check_arguments, rstd_of
+from jaxbn._barriers import apart_on_cpu
 from jaxbn._moments import Moments, centered, moments, zero_masked
 
 
@@ -135,8 +136,8 @@ def backward(
     rstd = rstd_of(var, config.epsilon, dtype)
 
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
-    x, mean, rstd = lax.optimization_barrier((x, mean, rstd))
-    g = zero_masked(_apart_on_cpu(dy, mean).astype(dtype), mask)
+    x, mean, rstd = apart_on_cpu(x, mean, rstd)
+    g = zero_masked(apart_on_cpu(dy, mean)[0].astype(dtype), mask)
     dscale = (g * centered(x, mean, mask, config.features)).sum(reduced) * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
@@ -145,8 +146,8 @@ def backward(
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
 
-    x, mean, on_x_hat = lax.optimization_barrier((x, mean, on_x_hat))
-    g = zero_masked(_apart_on_cpu(dy, on_x_hat).astype(dtype), mask)
+    x, mean, on_x_hat = apart_on_cpu(x, mean, on_x_hat)
+    g = zero_masked(apart_on_cpu(dy, on_x_hat)[0].astype(dtype), mask)
     conj = centered(x, mean, mask, config.features).conj()
     dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * conj
     return (
@@ -177,25 +178,11 @@ def _forward(
     config: Config, x: Any, scale: Any, bias: Any, mask: Any
 ) -> tuple[jax.Array, Cache]:
     batch = moments(x, mask, config.features, config.axis_name, config.groups)
-    x_apart, mean, var = lax.optimization_barrier((x, batch.mean, batch.var))
+    x_apart, mean, var = apart_on_cpu(x, batch.mean, batch.var)
     y = affine(config, x_apart, mean, var, scale, bias, mask)
     bias_dtype = None if bias is None else bias.dtype
     index = _devices.position(config.axis_name)
     return y, Cache(x, scale, mask, batch, index, bias_dtype, config)
-
-
-def _apart_on_cpu(array: jax.Array, after: jax.Array) -> jax.Array:
-    """`array` behind a barrier, on the CPU alone.
-
-    On a GPU or TPU two sums over it share a pass, and what it is made of (by a relu's
-    derivative, say) is not written out.
-    """
-    return lax.platform_dependent(
-        array,
-        after,
-        cpu=lambda *both: lax.optimization_barrier(both)[0],
-        default=lambda array, after: array,
-    )
 
 
 # The rule wraps the whole map from x, so that the moments are computed inside it:
