@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.export
@@ -102,9 +102,9 @@ def batch_norm(
     mask: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
-    running_variance: str = "biased",
+    running_variance: _shapes.RunningVariance = "biased",
     debias: bool = False,
-    derivative: str = "vjp",
+    derivative: _shapes.Derivative = "vjp",
 ) -> tuple[jax.Array, State]:
     """Batch normalization, in training and in inference.
 
@@ -208,7 +208,7 @@ def apply_batch_norm(
     momentum = _shapes.check_momentum(momentum)
     debias = _shapes.check_static_bool("debias", debias)
     _running.check_running_variance(running_variance)
-    _shapes.check_choice("derivative", derivative, ("vjp", "jvp"))
+    _shapes.check_choice("derivative", derivative, get_args(_shapes.Derivative))
     config = dataclasses.replace(config, dtype=dtype)
     if not train:
         y = _affine.affine(config, x, state.mean, state.var, scale, bias, mask)

@@ -28,9 +28,9 @@ def ghost_batch_norm(
     mask: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
-    running_variance: str = "biased",
+    running_variance: _shapes.RunningVariance = "biased",
     debias: bool = False,
-    derivative: str = "vjp",
+    derivative: _shapes.Derivative = "vjp",
 ) -> tuple[jax.Array, State]:
     """Batch norm of ghost batches: `ghost_batch_size` rows share statistics, not all.
 

@@ -65,9 +65,9 @@ def batch_renorm(
     mask: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
-    running_variance: str = "biased",
+    running_variance: _shapes.RunningVariance = "biased",
     debias: bool = False,
-    derivative: str = "vjp",
+    derivative: _shapes.Derivative = "vjp",
 ) -> tuple[jax.Array, State]:
     """Batch renormalization: y = (x_hat r + d) scale + bias in training.
 

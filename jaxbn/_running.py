@@ -1,6 +1,6 @@
 """Running statistics: the state of a batch norm and its one update rule."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def update_state(
     moments: Moments,
     *,
     momentum: Any = 0.9,
-    running_variance: str = "biased",
+    running_variance: _shapes.RunningVariance = "biased",
     debias: bool = False,
 ) -> State:
     """One update of the running statistics by given moments, as `batch_norm` does it.
@@ -71,7 +71,8 @@ def update_state(
 
 def check_running_variance(word: Any) -> str:
     """`word`, one of the two that there are."""
-    return _shapes.check_choice("running_variance", word, ("biased", "unbiased"))
+    words = get_args(_shapes.RunningVariance)
+    return _shapes.check_choice("running_variance", word, words)
 
 
 def update(

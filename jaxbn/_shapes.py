@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,10 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Axis = int | Iterable[int]
+
+# Choices are words, which editors complete and type checkers check.
+RunningVariance = Literal["biased", "unbiased"]
+Derivative = Literal["vjp", "jvp"]
 
 
 def accumulation_dtype(dtype: DTypeLike) -> Any:

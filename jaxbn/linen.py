@@ -87,9 +87,9 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    running_variance: str = "biased"
+    running_variance: _shapes.RunningVariance = "biased"
     debias: bool = False
-    derivative: str = "vjp"
+    derivative: _shapes.Derivative = "vjp"
     ghost_batch_size: int | None = None
 
     @nn.compact
