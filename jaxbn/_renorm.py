@@ -23,6 +23,9 @@ Limit = Any | Callable[[jax.Array], Any]
 def ramp_r_max(num_updates: jax.Array) -> jax.Array:
     """The paper's r_max: 1 for 5,000 updates, then in a line to 3 at 40,000.
 
+    Args:
+        num_updates: Of any shape, as in `jaxbn.State`.
+
     Examples:
         >>> import jax.numpy as jnp, jaxbn
         >>> print(jaxbn.ramp_r_max(jnp.array([0, 5000, 22500, 99999])))
@@ -35,6 +38,9 @@ def ramp_r_max(num_updates: jax.Array) -> jax.Array:
 
 def ramp_d_max(num_updates: jax.Array) -> jax.Array:
     """The paper's d_max: 0 for 5,000 updates, then in a line to 5 at 25,000.
+
+    Args:
+        num_updates: Of any shape, as in `jaxbn.State`.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn

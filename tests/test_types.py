@@ -1,0 +1,226 @@
+"""What type checkers and editors see: a user's program in pyright's strict mode."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import jaxbn
+import jaxbn.convert
+import jaxbn.linen
+
+# The comments for pyright stand where JAX and Flax themselves are not strict.
+FUNCTIONS = """
+# pyright: strict
+from typing import assert_type
+
+import jax
+import numpy as np
+
+import jaxbn
+
+x = jax.random.normal(jax.random.key(0), (8, 4))
+params, state = jaxbn.init(4, use_bias=False)
+assert_type(params, jaxbn.Params)
+assert_type(params.scale, jax.Array | None)
+y, state = jaxbn.batch_norm(
+    x,
+    params,
+    state,
+    train=True,
+    momentum=None,
+    axis=(-1,),
+    mask=x[:, :1] < 9,
+    running_variance="unbiased",
+)
+assert_type(y, jax.Array)
+assert_type(state, jaxbn.State)
+y, state = jaxbn.ghost_batch_norm(x, params, state, train=True, ghost_batch_size=4)
+rows = np.arange(24.0, dtype=np.float32).reshape(6, 4)
+y, state = jaxbn.batch_renorm(
+    rows,
+    params,
+    state,
+    train=True,
+    r_max=jaxbn.ramp_r_max(state.num_updates),
+    d_max=5,
+    derivative="jvp",
+)
+moments = jaxbn.merge_moments(jaxbn.batch_moments(x), jaxbn.batch_moments(rows))
+assert_type(moments, jaxbn.Moments)
+n, mean, var = moments
+state = jaxbn.update_state(state, moments, momentum=0.9)
+y = jaxbn.normalize(x, mean, var, *params)
+assert_type(y, jax.Array)
+y, cache = jaxbn.forward(x, params.scale, params.bias, epsilon=1e-3)
+dx, dscale, dbias = jaxbn.backward(y, cache)
+assert_type(dx, jax.Array)
+assert dscale is not None and dbias is None
+assert_type(dscale, jax.Array)
+"""
+
+LINEN = """
+# pyright: strict
+from typing import Any, assert_type
+
+import jax
+from flax import linen as nn
+
+from jaxbn.linen import (
+    BatchNorm,
+    BatchRenorm,
+    inspect_statistics,
+    recalibrate,
+    weight_decay_mask,
+)
+
+
+class Net(nn.Module):
+    features: int = 3
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dense(self.features)(x)
+        x = BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        assert_type(x, jax.Array)
+        x = BatchNorm(False, -1, None, derivative="jvp", name="norm")(x)
+        return BatchRenorm(r_max=2.0, d_max=1.0)(x, not train, mask=x > -9)
+
+
+x = jax.random.normal(jax.random.key(0), (8, 4))
+model = Net()
+key = jax.random.key(1)
+variables = model.init(key, x, True)  # pyright: ignore[reportUnknownMemberType]
+variables = recalibrate(model, variables, [x], sequential=True, train=True)
+assert_type(variables, dict[str, Any])
+mask = weight_decay_mask(model, x, train=True)
+assert_type(mask, dict[str, Any])
+for layer in inspect_statistics(variables, model, [x], train=True):
+    assert_type(layer.name, str)
+    assert_type(layer.worst_mean_over_std, float)
+assert_type(BatchNorm(True).epsilon, float)
+assert_type(BatchNorm(True).use_running_average, bool | None)
+"""
+
+WRONG = """
+# pyright: strict
+import jax
+import jaxbn
+from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate
+
+x = jax.random.normal(jax.random.key(0), (8, 4))
+params, state = jaxbn.init("four")  # wrong
+params, state = jaxbn.init(4)
+jaxbn.batch_norm(x, params, state)  # wrong
+jaxbn.batch_norm(x, params, state, train="yes")  # wrong
+jaxbn.batch_norm(x, params, state, train=True, eps=1e-3)  # wrong
+jaxbn.batch_norm(x, state, params, train=True)  # wrong
+jaxbn.batch_norm(x, params, state, train=True, running_variance="sample")  # wrong
+jaxbn.batch_norm(x, params, state, train=True, derivative="auto")  # wrong
+jaxbn.batch_norm(x, params, state, train=True).mean  # wrong
+jaxbn.ghost_batch_norm(x, params, state, train=True)  # wrong
+params.gamma  # wrong
+state.mean = x  # wrong
+jaxbn.backward(x, state)  # wrong
+BatchNorm(momentun=0.9)  # wrong
+BatchNorm(debias="yes")  # wrong
+BatchNorm(running_variance="sample")  # wrong
+BatchRenorm(False)(x, False, x > 0)  # wrong
+BatchNorm(False)(x, use_running_average="no")  # wrong
+recalibrate(BatchNorm(False), {}, x.sum)  # wrong
+"""
+
+
+def pyright(*arguments, cwd):
+    """Its report, on the package as it is installed beside this Python."""
+    pytest.importorskip("pyright")
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    command = [sys.executable, "-m", "pyright", "--outputjson"]
+    result = subprocess.run(
+        [*command, "--pythonpath", sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PATH": path},  # --verifytypes looks nowhere else
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return json.loads(result.stdout)
+
+
+def diagnostics(program, directory):
+    """Pairs of line and message."""
+    directory.joinpath("user.py").write_text(program.lstrip())
+    report = pyright("user.py", cwd=directory)
+    assert report["summary"]["filesAnalyzed"] == 1
+    return [
+        (d["range"]["start"]["line"], d["message"])
+        for d in report["generalDiagnostics"]
+        if d["severity"] in ("error", "warning")
+    ]
+
+
+@pytest.mark.parametrize("program", [FUNCTIONS, LINEN], ids=["functions", "linen"])
+def test_a_users_program_is_clean_and_runs(program, tmp_path):
+    assert diagnostics(program, tmp_path) == []
+    subprocess.run([sys.executable, "user.py"], cwd=tmp_path, check=True)
+
+
+def test_mistakes_are_found_where_they_are(tmp_path):
+    lines = WRONG.lstrip().splitlines()
+    wrong = {i for i, line in enumerate(lines) if line.endswith("# wrong")}
+    assert {line for line, _ in diagnostics(WRONG, tmp_path)} == wrong
+
+
+def test_all_public_types_are_known(tmp_path):
+    """What `pyright --verifytypes jaxbn --ignoreexternal` prints, and docstrings."""
+    report = pyright("--verifytypes", "jaxbn", "--ignoreexternal", cwd=tmp_path)
+    completeness = report["typeCompleteness"]
+    assert completeness["pyTypedPath"]
+    unknown = [
+        (symbol["name"], [d["message"] for d in symbol["diagnostics"]])
+        for symbol in completeness["symbols"]
+        if not symbol["isTypeKnown"]
+    ]
+    assert unknown == []
+    assert completeness["completenessScore"] == 1
+    assert completeness["exportedSymbolCounts"]["withKnownType"] > 50
+    assert completeness["missingFunctionDocStringCount"] == 0
+    assert completeness["missingClassDocStringCount"] == 0
+
+
+def public(module):
+    """What the module defines or, in the manner `X as X`, hands on."""
+    tree = ast.parse(inspect.getsource(module))
+    defined = (ast.FunctionDef, ast.ClassDef)
+    names = {node.name for node in tree.body if isinstance(node, defined)}
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+    names |= {a.asname for node in imports for a in node.names if a.name == a.asname}
+    things = {name: getattr(module, name) for name in sorted(names) if name[0] != "_"}
+    return {
+        f"{module.__name__}.{name}": thing
+        for name, thing in things.items()
+        if not inspect.ismodule(thing)
+    }
+
+
+MODULES = [jaxbn, jaxbn.convert, jaxbn.linen]
+PUBLIC = {name: value for module in MODULES for name, value in public(module).items()}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_names_every_argument(name):
+    """What an editor shows: a signature, and beside it a word on each part of it."""
+    thing = PUBLIC[name]
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert len(doc.splitlines()[0]) > 10
+    parts = list(inspect.signature(thing).parameters)
+    if dataclasses.is_dataclass(thing):  # an heir tells of its own fields
+        parts = [part for part in vars(thing)["__annotations__"] if part in parts]
+    missing = [p for p in parts if f"{p}:" not in doc and p not in ("parent", "name")]
+    assert missing == []
