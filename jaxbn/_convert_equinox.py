@@ -69,7 +69,7 @@ def to_equinox(
     Raises:
         ValueError: The layer differs; what is missing, extra or of a different shape is
             named.
-        TypeError: An argument is something else.
+        TypeError: `params`, `state` or `layer` is something else.
 
     Examples:
         `layer, layer_state = to_equinox(params, state, layer, layer_state)`

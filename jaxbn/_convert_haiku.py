@@ -21,10 +21,10 @@ def from_haiku(
 ) -> tuple[Params, State]:
     """The `haiku.BatchNorm` of this name.
 
-    Haiku's `decay_rate` is our `momentum`, and its variance the biased one. Its
-    averages start at 0 and are debiased; to train on in the same way, with t =
-    `state.num_updates` and d the decay rate, `momentum=d * (1 - d**t) / (1 - d**(t +
-    1))`. Nearly the same, `debias=True` weights the first batches equally.
+    Haiku's `decay_rate` d is our `momentum`, and its variance the biased one. Its
+    averages start at 0 and are debiased. With t = `state.num_updates`
+    `momentum=d * (1 - d**t) / (1 - d ** (t + 1))` trains on in the same way.
+    Nearly the same, `debias=True` weights the first batches equally.
 
     Args:
         haiku_params: As `init` of the transformed function returned it.

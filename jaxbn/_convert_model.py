@@ -30,7 +30,7 @@ Keys = tuple[str, ...]
 def load_torch(
     state_dict: Mapping[str, Any],
     variables: Mapping[str, Any],
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
     *,
     conv_transpose: Collection[str] = (),
 ) -> Any:
@@ -53,7 +53,8 @@ def load_torch(
         variables: From `model.init`, or its `jax.eval_shape`: "params" and
             "batch_stats". Shapes and dtypes are its own, and other collections stay.
         names: For each PyTorch module that has arrays, its Flax module's path:
-            `{"layer1.0.bn1": "Block_0/BatchNorm_0"}`. The model itself is "".
+            `{"layer1.0.bn1": "Block_0/BatchNorm_0"}`, or a tuple, as in Flax's
+            `module.path`. The model itself is "".
         conv_transpose: PyTorch names of the ConvTranspose modules whose Flax layer has
             `transpose_kernel=False`, which is Flax's default.
 
@@ -82,10 +83,14 @@ def load_torch(
             '`variables` must hold "params" or "batch_stats", as from `model.init`; '
             f"got {list(variables)}"
         )
+    paths = {
+        prefix: path if isinstance(path, str) else "/".join(path)
+        for prefix, path in names.items()
+    }
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     leaves = {_keys(path): leaf for path, leaf in flat}
     leaves = {keys: leaf for keys, leaf in leaves.items() if keys[0] in COLLECTIONS}
-    prefixes = {path: prefix for prefix, path in names.items()}
+    prefixes = {path: prefix for prefix, path in paths.items()}
     transposed = {_join(prefix, "weight") for prefix in conv_transpose}
     sources = {
         keys: _join(prefixes[module], SOURCES.get(keys[-1], keys[-1]))
@@ -97,7 +102,7 @@ def load_torch(
         for keys, source in sources.items()
         if source in state_dict
     }
-    _check(state_dict, names, conv_transpose, leaves, sources, values)
+    _check(state_dict, paths, conv_transpose, leaves, sources, values)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             jnp.array(values[keys].astype(leaf.dtype))
