@@ -8,6 +8,9 @@ from jaxbn._affine import normalize as normalize
 from jaxbn._batch_norm import Params as Params
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._batch_norm import init as init
+from jaxbn._fold import fold as fold
+from jaxbn._fold_before import fold_before as fold_before
+from jaxbn._fold_tree import fold_tree as fold_tree
 from jaxbn._ghost import ghost_batch_norm as ghost_batch_norm
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import batch_moments as batch_moments

@@ -23,6 +23,7 @@ def test_public_names():
     public = {name for name in vars(jaxbn) if not name.startswith("_")}
     named = {"Moments", "Params", "State", "init", "batch_norm", "batch_moments"}
     named |= {"merge_moments", "normalize", "forward", "backward"}
+    named |= {"fold", "fold_before", "fold_tree"}
     assert named <= public
 
 

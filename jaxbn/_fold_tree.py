@@ -1,0 +1,207 @@
+"""`fold_tree`: batch norms of a Flax model folded into the layers beside them."""
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._batch_norm import Params
+from jaxbn._fold import fold
+from jaxbn._fold_before import fold_before
+from jaxbn._running import State
+
+Path = tuple[str, ...]
+LAYER, NORM = "layer", "batch norm"
+
+
+class _Pair(NamedTuple):
+    """A layer and a batch norm, `after` it or before it; `words` are for messages."""
+
+    layer: Path
+    norm: Path
+    after: bool
+    options: Mapping[str, Any]
+    words: str
+
+
+def fold_tree(
+    variables: Mapping[str, Any], pairs: Collection[Any], *, epsilon: float = 1e-5
+) -> dict[str, Any]:
+    """Variables of a Flax model without the batch norms that `pairs` name.
+
+    What applies them is the same model with these batch norms left out and with
+    `use_bias=True` in the layers, which all have a bias now: make both hang on a field
+    of the model, as below. The names that Flax gives to the other modules stay, as it
+    counts each class for itself. Linen's variables and those of `jaxbn.linen` alike;
+    of stacked layers: `jax.vmap` over this function.
+
+    Args:
+        variables: "params" and "batch_stats", and other collections, which stay.
+        pairs: Two modules that follow each other, a layer and a batch norm, in the
+            order in which the model applies them: `("Conv_0", "BatchNorm_0")` is a
+            batch norm after its layer. Paths are strings ("Block_0/Conv_0") or tuples.
+            A third entry has options for that pair, a dictionary of what `fold` or
+            `fold_before` takes: `{"padding": "VALID"}`, `{"features_axis": -2}`,
+            `{"epsilon": 1e-3}`. A layer may have one batch norm before and one after
+            it. A batch norm may be before several layers, where all that use what it
+            returns are named.
+        epsilon: That of the batch norms.
+
+    Returns:
+        A tree of new dictionaries; `variables` stay as they are. Collections that are
+        empty without the batch norms are gone. A box with metadata stays around its
+        kernel and bias; a bias in place of none has no box.
+
+    Raises:
+        ValueError: A pair does not lead to a layer with a kernel and a batch norm with
+            statistics, something is used twice, or as for `fold` and `fold_before`.
+        TypeError: `variables` is not a mapping, a pair is not made of paths, or as for
+            `fold` and `fold_before`.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
+        >>> from jaxbn.linen import BatchNorm
+        >>> class Net(nn.Module):
+        ...     folded: bool = False
+        ...
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         x = nn.Conv(4, (3, 3), use_bias=self.folded)(x)
+        ...         if not self.folded:
+        ...             x = BatchNorm(use_running_average=True)(x)
+        ...         return nn.Dense(2)(nn.relu(x).mean((1, 2)))
+        >>> x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+        >>> variables = Net().init(jax.random.key(1), x)
+        >>> folded = jaxbn.fold_tree(variables, [("Conv_0", "BatchNorm_0")])
+        >>> y, same = Net().apply(variables, x), Net(folded=True).apply(folded, x)
+        >>> print(sorted(folded), sorted(folded["params"]), jnp.allclose(y, same))
+        ['params'] ['Conv_0', 'Dense_0'] True
+    """
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be a mapping; got {type(variables).__name__}"
+        )
+    tree = _copied(variables)
+    read = [_read(tree, pair) for pair in pairs]
+    _check_uses(read)
+    for pair in read:
+        layer = _at(tree, "params", pair.layer)
+        kernel, bias = _unboxed(layer["kernel"]), _unboxed(layer.get("bias"))
+        norm, options = _norm(tree, pair.norm), {"epsilon": epsilon, **pair.options}
+        try:
+            kernel, bias = (
+                fold(kernel, bias, *norm, **options)
+                if pair.after
+                else fold_before(*norm, kernel, bias, **options)
+            )
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This was in the pair {pair.words} of `pairs`.")
+            raise
+        layer["kernel"] = _boxed_as(layer["kernel"], kernel)
+        layer["bias"] = _boxed_as(layer.get("bias"), bias)
+    for pair in read:
+        _drop(tree, ("params", *pair.norm), ("scale", "bias"))
+        _drop(tree, ("batch_stats", *pair.norm), ("mean", "var", "num_updates"))
+    return tree
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _copied(value) if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+    }
+
+
+def _at(tree: Mapping[str, Any], collection: str, path: Path) -> dict[str, Any]:
+    """The arrays and modules there; empty where there is nothing."""
+    here: Any = tree.get(collection, {})
+    for name in path:
+        here = here.get(name, {}) if isinstance(here, Mapping) else {}
+    return here if isinstance(here, dict) else {}
+
+
+def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
+    """The pair, with its layer and its batch norm told apart by what they hold."""
+    many = isinstance(pair, Sequence) and not isinstance(pair, str)
+    options = pair[2] if many and len(pair) == 3 else {}
+    if not (many and len(pair) in (2, 3) and isinstance(options, Mapping)):
+        raise TypeError(
+            "`pairs` must hold (first, second) or (first, second, options), in the "
+            f"order in which the model applies them; got {pair!r}"
+        )
+    paths = [_path(module) for module in pair[:2]]
+    words = " and ".join(f"{'/'.join(path)!r}" for path in paths)
+    kinds = [_kind(tree, path) for path in paths]
+    if kinds[0] == kinds[1]:
+        raise ValueError(
+            f"`pairs` must name a layer and a batch norm in each; got {words}, both a "
+            f"{kinds[0]}"
+        )
+    after = kinds[0] == LAYER
+    layer, norm = paths if after else reversed(paths)
+    return _Pair(layer, norm, after, options, words)
+
+
+def _path(module: Any) -> Path:
+    names = module.split("/") if isinstance(module, str) else module
+    if not (isinstance(names, Sequence) and all(isinstance(n, str) for n in names)):
+        raise TypeError(
+            f'`pairs` must hold paths, "a/b" or ("a", "b"), of modules; got {module!r}'
+        )
+    return tuple(name for name in names if name)
+
+
+def _kind(tree: Mapping[str, Any], path: Path) -> str:
+    if {"mean", "var"} <= set(_at(tree, "batch_stats", path)):
+        return NORM
+    if "kernel" in _at(tree, "params", path):
+        return LAYER
+    raise ValueError(
+        "`pairs` must name modules with `mean` and `var` in `batch_stats` or with a "
+        f"`kernel` in `params`; got {'/'.join(path)!r}, which has "
+        f"{sorted(_at(tree, 'batch_stats', path))} and "
+        f"{sorted(_at(tree, 'params', path))}"
+    )
+
+
+def _check_uses(pairs: Sequence[_Pair]) -> None:
+    """Refuses to fold twice what the model applies once."""
+    for one, two in itertools.combinations(pairs, 2):
+        layer_twice = one.layer == two.layer and one.after == two.after
+        norm_twice = one.norm == two.norm and (one.after or two.after)
+        if layer_twice or norm_twice:
+            twice = "/".join(one.layer if layer_twice else one.norm)
+            raise ValueError(
+                "`pairs` must name a layer once with a batch norm after it and once "
+                "with one before it, and a batch norm once, or before layers alone; "
+                f"got {twice!r} twice, in {one.words} and {two.words}"
+            )
+
+
+def _norm(tree: Mapping[str, Any], path: Path) -> tuple[Params, State]:
+    learned, running = _at(tree, "params", path), _at(tree, "batch_stats", path)
+    scale, bias = (_unboxed(learned.get(name)) for name in ("scale", "bias"))
+    mean, var = (_unboxed(running[name]) for name in ("mean", "var"))
+    return Params(scale, bias), State(mean, var, jnp.zeros((), jnp.int32))
+
+
+def _unboxed(box: Any) -> Any:
+    """The array in a box with metadata, of any class, or the array itself."""
+    return next(iter(jax.tree.leaves(box)), None)
+
+
+def _boxed_as(old: Any, array: jax.Array) -> Any:
+    return array if old is None else jax.tree.structure(old).unflatten([array])
+
+
+def _drop(tree: dict[str, Any], path: Path, names: Sequence[str]) -> None:
+    """Removes the arrays, and every dictionary that is empty without them."""
+    if not path:
+        for name in names:
+            tree.pop(name, None)
+    elif path[0] in tree:
+        _drop(tree[path[0]], path[1:], names)
+        if not tree[path[0]]:
+            del tree[path[0]]

@@ -1,0 +1,620 @@
+"""fold: a layer and its batch norm in one layer give the same outputs.
+
+The layers are Flax's own. What they return goes through the oracle's batch norm in
+float64, with random statistics, and is compared with what the folded layer returns.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from flax.core import freeze
+
+import jaxbn
+from jaxbn import Params, State
+from jaxbn.linen import BatchNorm
+
+EPSILON = 1e-2  # large enough that a forgotten one is seen
+
+
+def draw(shape, seed=0, *, use_scale=True, use_bias=True, dtype=np.float32):
+    """A trained batch norm: nothing in it is 0 or 1."""
+    rng = np.random.default_rng(seed)
+    scale, var = rng.uniform(0.3, 2, (2, *np.atleast_1d(shape))).astype(dtype)
+    bias, mean = (rng.normal(size=(2, *np.atleast_1d(shape))) + 0.5).astype(dtype)
+    params = Params(scale if use_scale else None, bias if use_bias else None)
+    return params, State(mean, var, np.int32(7))
+
+
+def in_float64(x, params, state, axis=-1):
+    return oracle.normalize(x, *state[:2], *params, epsilon=EPSILON, axis=axis)
+
+
+def trained(layer, x, seed=1):
+    """Random parameters of a layer, its bias too, which Flax begins with 0."""
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(size=a.shape) / max(1, a.size) ** 0.25).astype(a.dtype)
+        for name, a in shapes.items()
+    }
+
+
+def draw_input(shape, seed=2):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_same(actual, desired, tolerance=1e-5):
+    """Within 1e-5 of the largest: sums of some tens of float32 products."""
+    actual, desired = np.asarray(actual), np.asarray(desired)
+    assert actual.shape == desired.shape
+    size = max(1, np.abs(desired).max())
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * size)
+
+
+class After(NamedTuple):
+    """A layer, the shape of x, and where its output and its kernel have the features."""
+
+    layer: nn.Module
+    shape: tuple[int, ...]
+    axis: int | tuple[int, ...] = -1
+    features_axis: int | tuple[int, ...] = -1
+
+
+AFTER = {
+    "dense": After(nn.Dense(5), (4, 3)),
+    "dense of a sequence": After(nn.Dense(5), (2, 4, 3)),
+    "dense general": After(nn.DenseGeneral((4, 5)), (2, 3), (-2, -1), (-2, -1)),
+    "dense general, last": After(nn.DenseGeneral((4, 5)), (2, 3)),
+    "dense general, first": After(nn.DenseGeneral((4, 5)), (2, 3), -2, -2),
+    "dense general, inputs": After(nn.DenseGeneral(5, axis=(-2, -1)), (2, 3, 4)),
+    "conv 1": After(nn.Conv(6, (3,)), (2, 9, 4)),
+    "conv 2": After(nn.Conv(6, (3, 2)), (2, 9, 8, 4)),
+    "conv 3": After(nn.Conv(6, (3, 2, 3)), (2, 5, 6, 5, 4)),
+    "one tap": After(nn.Conv(6, (1, 1)), (2, 5, 5, 4)),
+    "valid": After(nn.Conv(6, (3, 3), padding="VALID"), (2, 8, 8, 4)),
+    "circular": After(nn.Conv(6, (3, 3), padding="CIRCULAR"), (2, 8, 8, 4)),
+    "causal": After(nn.Conv(6, (3,), padding="CAUSAL"), (2, 8, 4)),
+    "uneven": After(nn.Conv(6, (3, 3), padding=[(0, 2), (1, 0)]), (2, 8, 8, 4)),
+    "strides": After(nn.Conv(6, (3, 3), (2, 3)), (2, 8, 9, 4)),
+    "dilation": After(nn.Conv(6, (3, 3), kernel_dilation=2), (2, 8, 9, 4)),
+    "input dilation": After(nn.Conv(6, (3,), padding=1, input_dilation=2), (2, 8, 4)),
+    "groups": After(nn.Conv(6, (3,), feature_group_count=2), (2, 8, 4)),
+    "depthwise": After(nn.Conv(8, (3, 3), feature_group_count=4), (2, 8, 8, 4)),
+    "all at once": After(
+        nn.Conv(6, (3, 2), (2, 1), 1, kernel_dilation=2, feature_group_count=2),
+        (2, 8, 8, 4),
+    ),
+    "local": After(nn.ConvLocal(6, (3,)), (2, 8, 4)),
+    "transpose 1": After(nn.ConvTranspose(6, (3,), (2,)), (2, 5, 4)),
+    "transpose 2": After(nn.ConvTranspose(6, (3, 2), (2, 3)), (2, 5, 4, 4)),
+    "transpose 3": After(nn.ConvTranspose(6, (2, 2, 2), (2, 1, 2)), (1, 3, 3, 3, 4)),
+    "transpose valid": After(
+        nn.ConvTranspose(6, (3, 3), (2, 2), "VALID", kernel_dilation=(2, 1)),
+        (2, 5, 4, 4),
+    ),
+    "transpose_kernel": After(
+        nn.ConvTranspose(6, (3, 3), (2, 2), transpose_kernel=True),
+        (2, 5, 4, 4),
+        features_axis=-2,
+    ),
+    "transpose_kernel, circular": After(
+        nn.ConvTranspose(4, (3,), (2,), "CIRCULAR", transpose_kernel=True),
+        (2, 6, 4),
+        features_axis=-2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_after_a_layer(name):
+    layer, shape, axis, features_axis = AFTER[name]
+    x = draw_input(shape)
+    weights = trained(layer, x)
+    y = np.asarray(layer.apply({"params": weights}, x))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    params, state = draw([y.shape[i] for i in axes])
+    kernel, bias = jaxbn.fold(
+        weights["kernel"],
+        weights["bias"],
+        params,
+        state,
+        epsilon=EPSILON,
+        features_axis=features_axis,
+    )
+    folded = {"kernel": kernel, "bias": bias}
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, weights)
+    assert_same(
+        layer.apply({"params": folded}, x), in_float64(y, params, state, axis=axis)
+    )
+
+
+class Before(NamedTuple):
+    """A layer, the shape of x, where x and the kernel have the features; `padding`."""
+
+    layer: nn.Module
+    shape: tuple[int, ...]
+    axis: int | tuple[int, ...] = -1
+    features_axis: int | tuple[int, ...] = -2
+    padding: Any = None
+
+
+def before_conv(shape, features, taps, strides=1, padding: Any = "VALID", **fields):
+    """A Conv, with its own padding told to `fold_before`."""
+    layer = nn.Conv(features, taps, strides, padding, **fields)
+    return Before(layer, shape, padding=padding)
+
+
+BEFORE = {
+    "dense": Before(nn.Dense(5), (4, 3)),
+    "dense of a sequence": Before(nn.Dense(5), (2, 4, 3)),
+    "dense general": Before(nn.DenseGeneral((4, 5)), (2, 3), features_axis=0),
+    "dense general, inputs": Before(
+        nn.DenseGeneral((2, 5), axis=(-2, -1)), (2, 3, 4), (-2, -1), (0, 1)
+    ),
+    "dense general, last input": Before(
+        nn.DenseGeneral((2, 5), axis=(-2, -1)), (2, 3, 4), -1, 1, "VALID"
+    ),
+    "one tap": Before(nn.Conv(6, (1, 1)), (2, 5, 5, 4)),
+    "one tap, groups": Before(nn.Conv(6, (1,), feature_group_count=3), (2, 8, 9)),
+    "one tap, strides": before_conv((2, 5, 6, 4), 6, (1, 1), 2, "SAME"),
+    "one tap, causal": before_conv((2, 5, 4), 6, (1,), padding="CAUSAL"),
+    "conv 1": before_conv((2, 9, 4), 6, (3,)),
+    "conv 2": before_conv((2, 9, 8, 4), 6, (3, 2), padding=0),
+    "conv 3": before_conv((2, 5, 6, 5, 4), 6, (3, 2, 3), padding=[(0, 0)] * 3),
+    "circular": before_conv((2, 9, 4), 6, (3,), padding="CIRCULAR"),
+    "reflect": before_conv((2, 9, 4), 6, (3,), padding="REFLECT"),
+    "dilation": before_conv((2, 8, 9, 4), 6, (3, 3), (2, 1), kernel_dilation=2),
+    "groups": before_conv((2, 8, 4), 6, (3,), feature_group_count=2),
+    "depthwise": before_conv((2, 8, 8, 4), 8, (3, 3), feature_group_count=4),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_before_a_layer(name):
+    layer, shape, axis, features_axis, padding = BEFORE[name]
+    x = draw_input(shape)
+    weights = trained(layer, x)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    params, state = draw([shape[i] for i in axes])
+    normal = in_float64(x, params, state, axis=axis).astype(np.float32)
+    kernel, bias = jaxbn.fold_before(
+        params,
+        state,
+        weights["kernel"],
+        weights["bias"],
+        epsilon=EPSILON,
+        features_axis=features_axis,
+        padding=padding,
+    )
+    folded = {"kernel": kernel, "bias": bias}
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, weights)
+    assert_same(
+        layer.apply({"params": folded}, x), layer.apply({"params": weights}, normal)
+    )
+
+
+def test_zero_padding_after_a_batch_norm_cannot_be_folded():
+    """Why it is refused: told otherwise, the border is wrong and the rest is right."""
+    layer, x = nn.Conv(6, (3, 3)), draw_input((2, 8, 8, 4))
+    weights, (params, state) = trained(layer, x), draw(4)
+    want = layer.apply({"params": weights}, np.float32(in_float64(x, params, state)))
+    args = params, state, weights["kernel"], weights["bias"]
+    for padding in ("SAME", None, 1, [(0, 0), (0, 1)], "same", "SAME_LOWER", "CAUSAL"):
+        with pytest.raises(ValueError, match="`padding` must be"):
+            jaxbn.fold_before(*args, epsilon=EPSILON, padding=padding)
+    kernel, bias = jaxbn.fold_before(*args, epsilon=EPSILON, padding="VALID")
+    got = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    assert_same(got[:, 1:-1, 1:-1], want[:, 1:-1, 1:-1])
+    assert np.abs(got - want)[:, 0].max() > 0.1
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("use_scale", [True, False])
+@pytest.mark.parametrize("layer_bias", [True, False])
+def test_what_there_is_of_scale_and_bias(use_scale, use_bias, layer_bias):
+    rng = np.random.default_rng(0)
+    w, b = rng.normal(size=(3, 3)).astype(np.float32), np.float32([1, -2, 3])
+    b = b if layer_bias else None
+    x, zeros = draw_input((5, 3)), np.zeros(3)
+    params, state = draw(3, use_scale=use_scale, use_bias=use_bias)
+    kernel, bias = jaxbn.fold(w, b, params, state, epsilon=EPSILON)
+    y = x @ w.astype(np.float64) + (zeros if b is None else b)
+    assert_same(x @ np.asarray(kernel) + np.asarray(bias), in_float64(y, params, state))
+    kernel, bias = jaxbn.fold_before(params, state, w, b, epsilon=EPSILON)
+    want = in_float64(x, params, state) @ w + (zeros if b is None else b)
+    assert_same(x @ np.asarray(kernel) + np.asarray(bias), want)
+
+
+def affine(params, state):
+    """The batch norm as a x + c, in float64."""
+    mean, var = map(np.float64, state[:2])
+    a = params.scale / np.sqrt(var + EPSILON)
+    return a, params.bias - a * mean
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_rounded_once_to_the_dtype_of_the_layer(dtype):
+    """Within half a last place of `dtype`, and 8 of the arithmetic in float32."""
+    with jax.enable_x64(dtype == jnp.float64):
+        rng = np.random.default_rng(0)
+        kernel = jnp.array(rng.normal(size=(3, 3, 4, 6)), dtype)
+        w, after, before = np.float64(kernel), draw(6), draw(4)
+        (a, c), (a0, c0) = affine(*after), affine(*before)
+        w_c = w * c0[:, None]
+        half = float(jnp.finfo(dtype).eps) / 2
+        work = 8 * float(np.finfo(np.float64 if half < 1e-9 else np.float32).eps)
+        keywords = {"epsilon": EPSILON}
+        for got, want, size in (
+            (jaxbn.fold(kernel, None, *after, **keywords), (w * a, c), 4),
+            (
+                jaxbn.fold_before(*before, kernel, None, padding=0, **keywords),
+                (w * a0[:, None], w_c.sum((0, 1, 2))),
+                np.abs(w_c).sum((0, 1, 2)).max(),
+            ),
+        ):
+            assert [part.dtype for part in got] == [dtype, dtype]
+            for part, desired, atol in zip(got, want, (0, work * size), strict=True):
+                np.testing.assert_allclose(
+                    np.float64(part), desired, rtol=half + work, atol=atol
+                )
+
+
+@pytest.mark.parametrize("complex_kernel", [True, False])
+@pytest.mark.parametrize("layer_bias", [True, False])
+def test_complex(complex_kernel, layer_bias):
+    """Complex data through a real or complex kernel; the new bias is complex."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=(2, n, 3)).astype(np.float32) for n in (5, 3))
+    x, w = x[0] + 1j * x[1], w[0] + 1j * w[1] if complex_kernel else w[0]
+    b = np.float32([1, -2, 3]) if layer_bias else None
+    params, state = draw(3)
+    params = params._replace(bias=params.bias + np.complex64(1j))
+    state = state._replace(mean=state.mean - np.complex64(2j))
+    shift = 0 if b is None else b
+    for (kernel, bias), want in (
+        (
+            jaxbn.fold(w, b, params, state, epsilon=EPSILON),
+            in_float64(x @ w + shift, params, state),
+        ),
+        (
+            jaxbn.fold_before(params, state, w, b, epsilon=EPSILON),
+            in_float64(x, params, state) @ w + shift,
+        ),
+    ):
+        assert (kernel.dtype, bias.dtype) == (w.dtype, np.complex64)
+        assert_same(x @ np.asarray(kernel) + np.asarray(bias), want)
+
+
+def test_jit_and_stacked_layers():
+    """Under jit and vmap the numbers are those of one layer after the other."""
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(size=(4, 3, 2, 6)).astype(np.float32)
+    biases = rng.normal(size=(4, 6)).astype(np.float32)
+    for norms, function in (
+        ([draw(6, seed) for seed in range(4)], jaxbn.fold),
+        (
+            [draw(4, seed) for seed in range(4)],
+            lambda w, b, p, s: jaxbn.fold_before(p, s, w, b, padding="VALID"),
+        ),
+    ):
+        params, state = jax.tree.map(lambda *leaves: np.stack(leaves), *norms)
+        stacked = jax.jit(jax.vmap(function))(kernels, biases, params, state)
+        for i, norm in enumerate(norms):
+            one = function(kernels[i], biases[i], *norm)
+            jax.tree.map(assert_same, [a[i] for a in stacked], list(one))
+
+
+def test_nnx_layers():
+    """NNX has the kernel layouts of Linen."""
+    x = draw_input((2, 8, 8, 3))
+    conv = nnx.Conv(3, 5, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    norm = nnx.BatchNorm(5, use_running_average=True, epsilon=EPSILON, rngs=nnx.Rngs(0))
+    params, state = draw(5)
+    norm.scale[...], norm.bias[...] = params
+    norm.mean[...], norm.var[...] = state[:2]
+    want = norm(conv(x))
+    folded = nnx.Conv(3, 5, (3, 3), rngs=nnx.Rngs(0))
+    folded.kernel[...], folded.bias[...] = jaxbn.fold(
+        conv.kernel[...],
+        None,
+        Params(norm.scale[...], norm.bias[...]),
+        State(norm.mean[...], norm.var[...], np.int32(0)),
+        epsilon=EPSILON,
+    )
+    assert_same(folded(x), want)
+
+
+class Net(nn.Module):
+    """Residual blocks with every kind of pair; `folded` is without batch norms."""
+
+    norm: type = BatchNorm
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(x, name):
+            if self.folded:
+                return x
+            return self.norm(use_running_average=True, epsilon=EPSILON, name=name)(x)
+
+        bias = self.folded
+        x = norm(nn.Conv(4, (3, 3), use_bias=bias, name="stem")(x), "stem_norm")
+        x = nn.relu(x) + Block(norm=self.norm, folded=self.folded)(x)
+        x = nn.ConvTranspose(
+            4, (2, 2), (2, 2), transpose_kernel=True, use_bias=bias, name="up"
+        )(x)
+        x = nn.relu(norm(x, "up_norm"))
+        # One batch norm before two layers, one of which has another one after it.
+        x = norm(x, "shared")
+        left = nn.Conv(6, (3, 3), padding="VALID", use_bias=bias, name="left")(x)
+        left = norm(left, "left_norm").mean((1, 2))
+        return left + nn.Dense(6, name="right")(x.mean((1, 2)))
+
+
+class Block(nn.Module):
+    norm: type = BatchNorm
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), feature_group_count=2)(x)
+        if not self.folded:
+            x = self.norm(use_running_average=True, epsilon=EPSILON)(x)
+        return nn.Dense(4)(nn.relu(x))
+
+
+PAIRS = [
+    ("stem", "stem_norm"),
+    ("Block_0/Conv_0", "Block_0/BatchNorm_0"),
+    (("up",), ("up_norm",), {"features_axis": -2}),
+    ("shared", "left", {"padding": "VALID"}),
+    ["left", "left_norm"],
+    ("shared", "right"),
+]
+
+
+def train(model, x, seed=3):
+    """Variables with random weights and statistics."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        if path[-1].key in ("var", "scale"):
+            return rng.uniform(0.3, 2, leaf.shape).astype(leaf.dtype)
+        return (rng.normal(size=leaf.shape) / leaf.size**0.25).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, variables)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+@pytest.mark.parametrize("order", [1, -1])
+def test_tree_of_a_model(norm, order):
+    """The pairs in any order; what comes is what the model without them has."""
+    x = draw_input((2, 8, 8, 3))
+    variables = train(Net(norm), x)
+    kept = copy.deepcopy(variables)
+    folded = jaxbn.fold_tree(variables, PAIRS[::order], epsilon=EPSILON)
+    np.testing.assert_equal(variables, kept)
+    model = Net(folded=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, shapes)
+    want = Net(norm).apply(variables, x)
+    assert_same(model.apply(folded, x), want)
+    without_epsilon = jaxbn.fold_tree(variables, PAIRS)
+    assert np.abs(model.apply(without_epsilon, x) - want).max() > 1e-3
+    own = [(*pair[:2], {**dict(*pair[2:]), "epsilon": EPSILON}) for pair in PAIRS]
+    assert_same(model.apply(jaxbn.fold_tree(variables, own), x), want)
+
+
+def test_tree_keeps_what_is_not_folded():
+    """Other batch norms, other collections, and what they hold."""
+    x = draw_input((2, 8, 8, 3))
+    variables = {**train(Net(), x), "cache": {"stem": {"count": np.int32(3)}}}
+    variables["batch_stats"]["stem_norm"]["num_updates"] = np.int32(2)
+    folded = jaxbn.fold_tree(variables, PAIRS[:1], epsilon=EPSILON)
+    assert folded["cache"] == variables["cache"]
+    assert "stem_norm" not in folded["params"] | folded["batch_stats"]
+    assert folded["batch_stats"].keys() == variables["batch_stats"].keys() - {
+        "stem_norm"
+    }
+    assert folded["params"]["right"] == variables["params"]["right"]
+    assert jaxbn.fold_tree(variables, []) == variables
+
+
+class Boxed(nn.Module):
+    """A layer and a batch norm with logical axes, as for a mesh."""
+
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+        bias = nn.with_partitioning(nn.initializers.ones, ("model",))
+        x = nn.Dense(4, kernel_init=init, bias_init=bias)(x)
+        if self.folded:
+            return x
+        return BatchNorm(True, bias_init=bias, epsilon=EPSILON)(x)
+
+
+def test_tree_of_boxes_and_frozen():
+    """Flax's metadata stays on kernel and bias, and a FrozenDict is read."""
+    x = draw_input((2, 3))
+    variables = Boxed().init(jax.random.key(0), x)
+    variables["batch_stats"]["BatchNorm_0"]["mean"] = np.float32([1, 2, 3, 4])
+    pairs = [("Dense_0", "BatchNorm_0")]
+    folded = jaxbn.fold_tree(freeze(variables), pairs, epsilon=EPSILON)
+    model = Boxed(folded=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert jax.tree.structure(folded) == jax.tree.structure(shapes)
+    assert_same(model.apply(folded, x), Boxed().apply(variables, x))
+
+
+def test_tree_of_stacked_layers():
+    """`vmap` folds the blocks of an `nn.scan`, jitted."""
+
+    def stack(folded):
+        return nn.scan(
+            lambda block, x, _: (block(x), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+
+    class Stack(nn.Module):
+        folded: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            block = Block(folded=self.folded, name="block")
+            return stack(self.folded)(block, x, None)[0]
+
+    x = draw_input((2, 8, 8, 4))
+    variables = train(Stack(), x)
+    pairs = [("block/Conv_0", "block/BatchNorm_0")]
+    fold = jax.jit(jax.vmap(lambda v: jaxbn.fold_tree(v, pairs, epsilon=EPSILON)))
+    got = Stack(folded=True).apply(fold(variables), x)
+    assert_same(got, Stack().apply(variables, x))
+
+
+def layer_and_norm(kernel=(3, 3, 4, 6), features=6, **vectors):
+    params, state = draw(features)
+    params = params._replace(**{k: v for k, v in vectors.items() if k in ("scale",)})
+    state = state._replace(**{k: v for k, v in vectors.items() if k in ("mean", "var")})
+    return np.ones(kernel, np.float32), np.zeros(kernel[-1:], np.float32), params, state
+
+
+WRONG = {
+    "mean": ({"mean": np.ones(4, np.float32)}, r"`state.mean` must have shape \(6,\)"),
+    "scale": ({"scale": np.ones(1, np.float32)}, r"`params.scale` .*axis -1 .*\(1,\)"),
+    "no var": ({"var": None}, "`state.var` must be an array; got None"),
+    "integer scale": ({"scale": np.ones(6, int)}, "`params.scale` must be floating"),
+    "complex var": ({"var": np.ones(6, np.complex64)}, "`var` must be real"),
+    "features": (
+        {"features": 5},
+        r"one entry per feature on axis -1 of `kernel` .* got \(5,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_vectors_that_do_not_fit_are_refused(name):
+    vectors, message = WRONG[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaxbn.fold(*layer_and_norm(**vectors))
+    kernel, _, *norm = layer_and_norm(**vectors)
+    with pytest.raises((TypeError, ValueError), match=message.replace("-1", "-2")):
+        jaxbn.fold_before(*norm, kernel.swapaxes(-1, -2), None, padding=0)
+
+
+def test_other_wrong_arguments_are_refused():
+    kernel, bias, params, state = layer_and_norm()
+    with pytest.raises(ValueError, match=r"`bias` must have shape \(6,\)"):
+        jaxbn.fold(kernel, bias[:4], params, state)
+    with pytest.raises(ValueError, match=r"`bias` must have shape \(6,\)"):
+        jaxbn.fold(kernel, bias.reshape(6, 1), params, state)
+    with pytest.raises(TypeError, match="`bias` must be floating"):
+        jaxbn.fold(kernel, bias.astype(int), params, state)
+    with pytest.raises(TypeError, match=r"`kernel` must be floating .* int8"):
+        jaxbn.fold(kernel.astype(np.int8), bias, params, state)
+    with pytest.raises(TypeError, match=r"jaxbn.Params and a jaxbn.State; got tuple"):
+        jaxbn.fold(kernel, bias, tuple(params), state)
+    with pytest.raises(ValueError, match=r"`features_axis` .* must lie in \[-4, 4\)"):
+        jaxbn.fold(kernel, bias, params, state, features_axis=4)
+    with pytest.raises(ValueError, match="`epsilon` must be positive"):
+        jaxbn.fold(kernel, bias, params, state, epsilon=0)
+    with pytest.raises(ValueError, match="`features_axis` must have the outputs"):
+        jaxbn.fold_before(params, state, kernel, None, features_axis=-1)
+    params, state = draw(4)
+    with pytest.raises(ValueError, match=r"`bias` must have shape \(6,\), the outputs"):
+        jaxbn.fold_before(params, state, kernel, bias[:4], padding=0)
+    # 8 features are two groups of a Conv's 4, but nothing of a Dense's.
+    with pytest.raises(ValueError, match=r"`state.mean` must have shape \(4,\)"):
+        jaxbn.fold_before(*draw(8), kernel[0, 0], None)
+    # 16 are four groups, which 6 outputs do not divide into.
+    with pytest.raises(ValueError, match=r"`state.mean` must have shape \(4,\)"):
+        jaxbn.fold_before(*draw(16), kernel, None, padding=0)
+
+
+WRONG_PAIRS = {
+    "not there": ([("stem", "norm")], ValueError, "got 'norm', which has"),
+    "nothing to fold": ([("stem", "Block_0")], ValueError, "'Block_0', which has"),
+    "two layers": ([("stem", "right")], ValueError, "'stem' and 'right', both a layer"),
+    "two norms": ([("up_norm", "stem_norm")], ValueError, "both a batch norm"),
+    "layer twice": (
+        [("stem", "stem_norm"), ("stem", "up_norm")],
+        ValueError,
+        "got 'stem' twice",
+    ),
+    "pair twice": ([("stem", "stem_norm")] * 2, ValueError, "got 'stem' twice"),
+    "norm after two": (
+        [("stem", "stem_norm"), ("up", "stem_norm")],
+        ValueError,
+        "got 'stem_norm' twice, in 'stem' and 'stem_norm' and 'up'",
+    ),
+    "norm after and before": (
+        [("stem", "stem_norm"), ("stem_norm", "up")],
+        ValueError,
+        "got 'stem_norm' twice",
+    ),
+    "shape": (
+        [("stem", "left_norm")],
+        ValueError,
+        "in the pair 'stem' and 'left_norm'",
+    ),
+    "padding": ([("shared", "left")], ValueError, "in the pair 'shared' and 'left'"),
+    "option": ([("stem", "stem_norm", {"eps": 1})], TypeError, "argument 'eps'"),
+    "one path": (["stem"], TypeError, "`pairs` must hold .*got 'stem'"),
+    "four": ([("a", "b", {}, {})], TypeError, "`pairs` must hold"),
+    "no path": ([("stem", 3)], TypeError, "`pairs` must hold paths"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PAIRS)
+def test_wrong_pairs_are_refused(name):
+    """By name, and without any change to what came."""
+    pairs, error, message = WRONG_PAIRS[name]
+    variables = train(Net(), draw_input((2, 8, 8, 3)))
+    kept = copy.deepcopy(variables)
+    with pytest.raises(error, match=message):
+        jaxbn.fold_tree(variables, pairs)
+    np.testing.assert_equal(variables, kept)
+
+
+def test_a_tree_must_be_a_mapping():
+    with pytest.raises(TypeError, match="`variables` must be a mapping; got list"):
+        jaxbn.fold_tree([], PAIRS)
+
+
+def test_export_of_a_folded_model():
+    """Through bytes, for any batch and three platforms: no batch norm is left in it."""
+    x = draw_input((2, 8, 8, 3))
+    variables = train(Net(), x)
+    folded = jaxbn.fold_tree(variables, PAIRS, epsilon=EPSILON)
+    (n,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    programs = {}
+    for name, model, weights in (
+        ("folded", Net(folded=True), folded),
+        ("unfolded", Net(), variables),
+    ):
+        exported = jax.export.export(
+            jax.jit(lambda x, model=model, weights=weights: model.apply(weights, x)),
+            platforms=("cpu", "cuda", "tpu"),
+        )(shape)
+        programs[name] = exported.serialize()
+        assert ("rsqrt" in exported.mlir_module()) == (name == "unfolded")
+    read = jax.export.deserialize(bytearray(programs["folded"]))
+    for rows in (1, 5):
+        x = draw_input((rows, 8, 8, 3), seed=rows)
+        assert_same(read.call(x), Net().apply(variables, x))
+        np.testing.assert_array_equal(
+            read.call(x), jax.jit(Net(folded=True).apply)(folded, x)
+        )
+    assert len(programs["folded"]) < len(programs["unfolded"])
