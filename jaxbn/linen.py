@@ -8,20 +8,19 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from jaxbn import _flax_rules, _recording, _shapes
-from jaxbn._batch_norm import Params, apply_batch_norm
-from jaxbn._ghost import as_ghosts
+from jaxbn._batch_norm import Params
 from jaxbn._inspect import LayerStatistics as LayerStatistics
 from jaxbn._inspect import inspect_statistics as inspect_statistics
 from jaxbn._moments import Moments, batch_moments, merge_moments
 from jaxbn._recalibrate import recalibrate as recalibrate
-from jaxbn._renorm import as_renorm, ramp_d_max, ramp_r_max
+from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
 from jaxbn._weight_decay import AnyBatchNorm
 from jaxbn._weight_decay import weight_decay_mask as weight_decay_mask
 
 
 @AnyBatchNorm.register
-class BatchNorm(nn.Module):
+class BatchNorm(_flax_rules.PlainRules, nn.Module):
     """Drop-in for `flax.linen.BatchNorm`: same fields, variables, dtypes and names.
 
     What differs: the variance is always the stable one, so that `use_fast_variance` has
@@ -129,12 +128,12 @@ class BatchNorm(nn.Module):
             use_running_average = recording.use_running_average
         initializing = self.is_initializing()
         updating = not (use_running_average or initializing or recording)
-        param_dtypes = [self.param_dtype] * (self.use_scale or self.use_bias)
-        x = jnp.asarray(x)
-        dtype = _flax_rules.result_dtype(self.dtype, x, param_dtypes)
-        x = _flax_rules.promote(x, dtype)
-        mask = _flax_rules.broadcast_mask(mask, x)
-        features = _shapes.feature_axes(self.axis, x.ndim)
+        x, mask, features, dtype = _flax_rules.prepare(
+            self,
+            jnp.asarray(x),
+            mask,
+            [self.param_dtype] * (self.use_scale or self.use_bias),
+        )
         shape = tuple(x.shape[i] for i in features)
         state, variables = _running_statistics(
             self, shape, jnp.iscomplexobj(x), with_count=updating or initializing
@@ -150,43 +149,24 @@ class BatchNorm(nn.Module):
         if recording is not None:
             recording.called.append((self.path, shape))
             _record(self, batch_moments(x, axis=features, mask=mask))
-        y, state = apply_batch_norm(
+        y, state = _flax_rules.apply(
+            self,
             x,
             params,
             state,
-            train=not use_running_average,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis=features,
+            features=features,
             mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            running_variance=self.running_variance,
-            debias=self.debias,
-            derivative=self.derivative,
             dtype=dtype,
-            # While recording, too: a batch may be small, and no axis is bound.
-            initializing=initializing or recording is not None,
-            **(self._variant(x, features) if updating else {}),
+            use_running_average=use_running_average,
+            updating=updating,
         )
         if updating:
             for name, variable in variables.items():
                 variable.value = getattr(state, name)
         return y
 
-    @nn.nowrap
-    def _keeps_count(self) -> bool:
-        return self.momentum is None or self.debias
 
-    @nn.nowrap
-    def _variant(self, x: jax.Array, features: tuple[int, ...]) -> dict[str, Any]:
-        """What `apply_batch_norm` is to do otherwise in training."""
-        if self.ghost_batch_size is None:
-            return {}
-        return as_ghosts(x, features, self.ghost_batch_size)
-
-
-class BatchRenorm(BatchNorm):
+class BatchRenorm(_flax_rules.RenormRules, BatchNorm):
     """Batch renormalization: `BatchNorm` that trains on what inference will use.
 
     As `BatchNorm`, with the two limits of `jaxbn.batch_renorm`; the paper's ramp begins
@@ -211,19 +191,6 @@ class BatchRenorm(BatchNorm):
 
     r_max: Any = ramp_r_max
     d_max: Any = ramp_d_max
-
-    @nn.nowrap
-    def _keeps_count(self) -> bool:
-        return True
-
-    @nn.nowrap
-    def _variant(self, x: jax.Array, features: tuple[int, ...]) -> dict[str, Any]:
-        if self.ghost_batch_size is not None:
-            raise ValueError(
-                "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
-                f"those of the whole batch; got {self.ghost_batch_size}"
-            )
-        return as_renorm(self.r_max, self.d_max)
 
 
 # Not methods: Flax would record each call of them, as of a layer.
