@@ -1,6 +1,5 @@
 """Weight decay: which parameters to spare, being those of batch norms."""
 
-import abc
 import itertools
 from typing import Any
 
@@ -9,12 +8,7 @@ from flax import linen as nn
 from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-
-class AnyBatchNorm(abc.ABC):  # noqa: B024 (classes register with it, none derives)
-    """What counts as a batch norm: Flax's, and ours, which register where they are."""
-
-
-AnyBatchNorm.register(nn.BatchNorm)
+from jaxbn._flax_rules import PlainRules
 
 # Those parameters of a batch norm that are spared.
 SPARED = ("scale", "bias")
@@ -60,7 +54,7 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
     spared: set[tuple[str, ...]] = set()
 
     def note(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if issubclass(type(context.module), AnyBatchNorm):
+        if issubclass(type(context.module), nn.BatchNorm | PlainRules):
             spared.update((*context.module.path, name) for name in SPARED)
         return method(*args, **kwargs)
 

@@ -4,9 +4,8 @@ from typing import Any
 
 from flax import nnx
 
-from jaxbn._weight_decay import SPARED, AnyBatchNorm
-
-AnyBatchNorm.register(nnx.BatchNorm)
+from jaxbn._flax_rules import PlainRules
+from jaxbn._weight_decay import SPARED
 
 
 def weight_decay_mask(model: nnx.Module, *, wrt: Any = nnx.Param) -> nnx.State:
@@ -47,7 +46,7 @@ def weight_decay_mask(model: nnx.Module, *, wrt: Any = nnx.Param) -> nnx.State:
     spared = {
         (*path, name)
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, AnyBatchNorm)
+        if isinstance(module, nnx.BatchNorm | PlainRules)
         for name in SPARED
     }
     params = nnx.to_flat_state(nnx.state(model, wrt))

@@ -15,11 +15,9 @@ from jaxbn._moments import Moments, batch_moments, merge_moments
 from jaxbn._recalibrate import recalibrate as recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
-from jaxbn._weight_decay import AnyBatchNorm
 from jaxbn._weight_decay import weight_decay_mask as weight_decay_mask
 
 
-@AnyBatchNorm.register
 class BatchNorm(_flax_rules.PlainRules, nn.Module):
     """Drop-in for `flax.linen.BatchNorm`: same fields, variables, dtypes and names.
 

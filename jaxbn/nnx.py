@@ -13,13 +13,11 @@ from jaxbn import _flax_rules, _shapes
 from jaxbn._batch_norm import Params
 from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
-from jaxbn._weight_decay import AnyBatchNorm
 from jaxbn._weight_decay_nnx import weight_decay_mask as weight_decay_mask
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
-@AnyBatchNorm.register
 class BatchNorm(_flax_rules.PlainRules, nnx.Module):
     """Drop-in for `flax.nnx.BatchNorm`: same arguments, variables, dtypes and switches.
 
