@@ -5,6 +5,8 @@ float64, with random statistics, and is compared with what the folded layer retu
 """
 
 import copy
+import statistics
+import time
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,7 +61,7 @@ def assert_same(actual, desired, tolerance=1e-5):
 
 
 class After(NamedTuple):
-    """A layer, the shape of x, and where its output and its kernel have the features."""
+    """A layer, the shape of x, and where its output and kernel have the features."""
 
     layer: nn.Module
     shape: tuple[int, ...]
@@ -618,3 +620,74 @@ def test_export_of_a_folded_model():
             read.call(x), jax.jit(Net(folded=True).apply)(folded, x)
         )
     assert len(programs["folded"]) < len(programs["unfolded"])
+
+
+class ConvNet(nn.Module):
+    """Convolution, batch norm, relu: eight times, as inference meets them."""
+
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for strides in STRIDES:
+            x = nn.Conv(WIDTH, (3, 3), strides, use_bias=self.folded)(x)
+            x = x if self.folded else BatchNorm(True)(x)
+            x = nn.relu(x)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+STRIDES, WIDTH = (1, 1, 1, 2, 1, 1, 2, 1), 32
+
+
+def compile_both(rows):
+    """{name: (compiled, its arguments)} of the network with and without batch norms."""
+    x = draw_input((rows, 32, 32, 3))
+    variables = train(ConvNet(), x)
+    pairs = [(f"Conv_{i}", f"BatchNorm_{i}") for i in range(len(STRIDES))]
+    arguments = {
+        "unfolded": (ConvNet(), variables, x),
+        "folded": (ConvNet(folded=True), jaxbn.fold_tree(variables, pairs), x),
+    }
+    return {
+        name: (jax.jit(model.apply).lower(*args).compile(), args)
+        for name, (model, *args) in arguments.items()
+    }
+
+
+def test_folding_saves_two_operations_an_element():
+    """Of x - mean, times a and plus bias an addition is left."""
+    flops = {
+        name: compiled.cost_analysis()["flops"]
+        for name, (compiled, _) in compile_both(rows=1).items()
+    }
+    sides = 32 // np.cumprod(STRIDES)
+    saved = flops["unfolded"] - flops["folded"]
+    assert 2 * WIDTH * (sides**2).sum() <= saved < flops["folded"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [1, 32])
+def test_time_that_folding_saves(rows, capsys):
+    """Prints what it measures: `pytest -m long -k folding_saves tests/test_fold.py`."""
+    both = compile_both(rows)
+    seconds = {name: [] for name in both}
+    for _ in range(2000 // (8 + rows)):
+        for name, (compiled, args) in both.items():  # in turn: a busy machine is fair
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*args))
+            seconds[name].append(time.perf_counter() - start)
+    unfolded, folded = (compiled(*args) for compiled, args in both.values())
+    assert_same(folded, unfolded)
+    with capsys.disabled():
+        print()
+        for name, (compiled, _) in both.items():
+            cost = compiled.cost_analysis()
+            print(
+                f"{name:9} {rows:3} rows {statistics.median(seconds[name]) * 1e3:7.2f} "
+                f"ms, {cost['flops'] / 1e6:.1f} Mflop, "
+                f"{cost['bytes accessed'] / 1e6:.2f} MB accessed, "
+                f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.2f} MB of "
+                f"temporaries, {len(compiled.as_text().splitlines())} lines of HLO"
+            )
+        ratios = [u / f for u, f in zip(*seconds.values(), strict=True)]
+        print(f"unfolded / folded, median of pairs: {statistics.median(ratios):.3f}")
