@@ -8,7 +8,9 @@ from jaxbn._flax_rules import PlainRules
 from jaxbn._weight_decay import SPARED
 
 
-def weight_decay_mask(model: nnx.Module, *, wrt: Any = nnx.Param) -> nnx.State:
+def weight_decay_mask(
+    model: nnx.Module, *, wrt: Any = nnx.Param
+) -> nnx.State[Any, Any]:
     """Which parameters of an NNX model to decay: all but those of batch norms.
 
     As `jaxbn.linen.weight_decay_mask`: the batch norms are found by their class, which

@@ -53,6 +53,9 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
     Source: Ioffe & Szegedy, "Batch Normalization", 2015.
     """
 
+    mean: nnx.BatchStat[jax.Array]
+    var: nnx.BatchStat[jax.Array]
+    num_updates: nnx.BatchStat[jax.Array]
     scale: nnx.Param[jax.Array] | None
     bias: nnx.Param[jax.Array] | None
 

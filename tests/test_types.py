@@ -9,10 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from flax import nnx
 
 import jaxbn
 import jaxbn.convert
 import jaxbn.linen
+import jaxbn.nnx
 
 # The comments for pyright stand where JAX and Flax themselves are not strict.
 FUNCTIONS = """
@@ -107,10 +109,42 @@ assert_type(BatchNorm(True).epsilon, float)
 assert_type(BatchNorm(True).use_running_average, bool | None)
 """
 
+NNX = """
+# pyright: strict
+from typing import Any, assert_type
+
+import jax
+from flax import nnx
+
+from jaxbn.nnx import BatchNorm, BatchRenorm, weight_decay_mask
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = BatchNorm(4, momentum=0.9, derivative="jvp", rngs=rngs)
+        self.renorm = BatchRenorm((4,), r_max=2.0, use_scale=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x, mask=x > -9)
+        assert_type(x, jax.Array)
+        return self.renorm(x, use_running_average=True)
+
+
+x = jax.random.normal(jax.random.key(0), (8, 4))
+model = Net(nnx.Rngs(0))
+assert_type(model(x), jax.Array)
+assert_type(weight_decay_mask(model), nnx.State[Any, Any])
+assert model.norm.scale is not None
+assert_type(model.norm.scale[...], jax.Array)
+assert_type(model.norm.mean[...], jax.Array)
+"""
+
 WRONG = """
 # pyright: strict
 import jax
 import jaxbn
+from flax import nnx as flax_nnx
+from jaxbn import nnx
 from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate
 
 x = jax.random.normal(jax.random.key(0), (8, 4))
@@ -133,7 +167,16 @@ BatchNorm(running_variance="sample")  # wrong
 BatchRenorm(False)(x, False, x > 0)  # wrong
 BatchNorm(False)(x, use_running_average="no")  # wrong
 recalibrate(BatchNorm(False), {}, x.sum)  # wrong
+rngs = flax_nnx.Rngs(0)
+nnx.BatchNorm(4)  # wrong
+nnx.BatchNorm(4, 0.9, rngs=rngs)  # wrong
+nnx.BatchNorm("four", rngs=rngs)  # wrong
+nnx.BatchNorm(4, rngs=rngs)(x, False, x > 0)  # wrong
+nnx.BatchNorm(4, rngs=rngs).scale[...]  # wrong
 """
+
+
+PROGRAMS = {"functions": FUNCTIONS, "linen": LINEN, "nnx": NNX}
 
 
 def pyright(*arguments, cwd):
@@ -164,7 +207,7 @@ def diagnostics(program, directory):
     ]
 
 
-@pytest.mark.parametrize("program", [FUNCTIONS, LINEN], ids=["functions", "linen"])
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_a_users_program_is_clean_and_runs(program, tmp_path):
     assert diagnostics(program, tmp_path) == []
     subprocess.run([sys.executable, "user.py"], cwd=tmp_path, check=True)
@@ -208,7 +251,7 @@ def public(module):
     }
 
 
-MODULES = [jaxbn, jaxbn.convert, jaxbn.linen]
+MODULES = [jaxbn, jaxbn.convert, jaxbn.linen, jaxbn.nnx]
 PUBLIC = {name: value for module in MODULES for name, value in public(module).items()}
 
 
@@ -219,6 +262,9 @@ def test_docstring_names_every_argument(name):
     doc = inspect.getdoc(thing)
     assert doc
     assert len(doc.splitlines()[0]) > 10
+    if inspect.isclass(thing) and issubclass(thing, nnx.Module):
+        thing = thing.__init__  # all that Flax lets an editor see
+        doc = f"self: {inspect.getdoc(thing)}"
     parts = list(inspect.signature(thing).parameters)
     if dataclasses.is_dataclass(thing):  # an heir tells of its own fields
         parts = [part for part in vars(thing)["__annotations__"] if part in parts]
