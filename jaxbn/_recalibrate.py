@@ -1,18 +1,14 @@
-"""Recalibration: population statistics in place of running ones ("precise BN")."""
+"""Recalibration of Linen models: population statistics ("precise BN")."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxbn import _recording
-from jaxbn._moments import Moments, merge_moments
-
-Path = tuple[str, ...]
+from jaxbn import _measure, _recording
+from jaxbn._measure import Path as Path
+from jaxbn._moments import Moments
 
 
 def recalibrate(
@@ -69,98 +65,48 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Izmailov
     et al., "Averaging Weights Leads to Wider Optima", 2018.
     """
-    if sequential and iter(batches) is batches:
-        raise TypeError(
-            "`batches` must be re-iterable for `sequential`, which passes over them "
-            f"once for each layer; got {type(batches).__name__} (make it a list)"
-        )
-    variables = dict(variables)
     measure = Measurement(model, apply_kwargs, use_running_average=sequential)
-    moments = measure.over(batches, variables, progress)
-    if not sequential:
-        return _replace(variables, moments)
-    # A stack of layers (nn.scan) has one path, and is right after one pass for each.
-    turns = [path for path, depth in measure.depths.items() for _ in range(depth)]
-    for turn, path in enumerate(turns):
-        if turn > 0:
-            moments = measure.over(batches, variables, progress)
-        variables = _replace(variables, {path: moments[path]})
-    return variables
+    return measure.recalibrated(batches, dict(variables), _replace, progress)
 
 
-class Measurement:
-    """Passes over data, each giving the moments that every batch norm was given.
-
-    Attributes:
-        depths: How many layers each path stands for, in call order; after one pass.
-    """
+class Measurement(_measure.Measurement):
+    """Of a Linen model; `variables` are its variables."""
 
     def __init__(
         self, model: Any, apply_kwargs: Mapping[str, Any], *, use_running_average: bool
     ):
-        """A batch norm normalizes by its running statistics, or by its batch."""
-        self.depths: dict[Path, int] = {}
+        """As for `recalibrate`."""
+        super().__init__(use_running_average=use_running_average)
+        self.model = model
+        self.apply_kwargs = apply_kwargs
 
-        def measure(variables: Any, batch: Any) -> dict[Path, Moments]:
-            args, kwargs = _arguments(batch)
-            with _recording.record(use_running_average) as recording:
-                _, updates = model.apply(
-                    variables,
-                    *args,
-                    mutable=DenyList("params"),
-                    **kwargs,
-                    **apply_kwargs,
-                )
-            moments = _recorded(updates.get("batch_stats", {}))
-            for path, shape in recording.called:
-                self.depths[path] = moments[path].mean.size // max(1, math.prod(shape))
-            return moments
-
-        self._measure = jax.jit(measure)
-        self._merge = jax.jit(lambda a, b: {k: merge_moments(a[k], b[k]) for k in a})
-
-    def over(
-        self, batches: Iterable[Any], variables: Mapping[str, Any], progress: bool
+    def call(
+        self,
+        recording: _recording.Recording,
+        variables: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> dict[Path, Moments]:
-        """The moments of all batches together, by path."""
-        total: dict[Path, Moments] = {}
-        for batch in _shown(batches) if progress else batches:
-            moments = self._measure(variables, batch)
-            total = self._merge(total, moments) if total else moments
-            if not total:
-                raise ValueError("`model` must call a BatchNorm of jaxbn.linen; none")
-        if not total:
-            raise ValueError("`batches` must hold at least one batch; got none")
-        return total
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, dict):
-        return (), batch
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
-
-
-def _recorded(batch_stats: Any) -> dict[Path, Moments]:
-    flat: dict[Any, Any] = dict(flatten_dict(batch_stats))
-    paths = [path[:-1] for path in flat if path[-1] == _recording.NAMES[0]]
-    return {
-        path: Moments(*(flat[*path, name] for name in _recording.NAMES))
-        for path in paths
-    }
+        """Calls the model, and returns what was recorded, by path."""
+        with _recording.activate(recording):
+            _, updates = self.model.apply(
+                variables,
+                *args,
+                mutable=DenyList("params"),
+                **kwargs,
+                **self.apply_kwargs,
+            )
+        flat: dict[Any, Any] = dict(flatten_dict(updates.get("batch_stats", {})))
+        return {
+            path: Moments(*(flat[*path, name] for name in _recording.NAMES))
+            for path, _ in recording.called
+        }
 
 
 def _replace(variables: dict[str, Any], moments: dict[Path, Moments]) -> dict[str, Any]:
     """`variables` with means and variances from `moments`, where there are any."""
     flat: dict[Any, Any] = dict(flatten_dict(variables["batch_stats"]))
-    for path, (num_elements, *new) in moments.items():
-        usable = (num_elements > 0) & jnp.isfinite(new[0]) & jnp.isfinite(new[1])
-        for name, value in zip(("mean", "var"), new, strict=True):
-            old = flat[*path, name]
-            flat[*path, name] = jnp.where(usable, value.astype(old.dtype), old)
+    for path, new in moments.items():
+        mean, var = (*path, "mean"), (*path, "var")
+        flat[mean], flat[var] = _measure.statistics(new, flat[mean], flat[var])
     return variables | {"batch_stats": unflatten_dict(flat)}
-
-
-def _shown(batches: Iterable[Any]) -> Iterable[Any]:
-    from rich.progress import track  # in the extra `demo`
-
-    return track(batches, description="recalibrating")

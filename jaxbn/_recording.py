@@ -1,8 +1,4 @@
-"""Recording: the batch norms of a model note the moments of what they are given.
-
-A context that `recalibrate` opens and every batch norm module looks at. It stands in
-place of an argument that each model would have to hand down.
-"""
+"""Recording: the batch norms of a model note the moments of what they are given."""
 
 import contextlib
 import contextvars
@@ -10,20 +6,41 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jaxbn._moments import Moments
+import jax
+import jax.numpy as jnp
 
-# The names of the variables that hold the moments, beside mean and var.
+from jaxbn._moments import Moments, batch_moments
+
+# The names of the variables that hold the moments in Linen, beside mean and var.
 NAMES = tuple(f"recorded_{name}" for name in Moments._fields)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Recording:
-    """What the modules are to do; the path and features' shape of each one called."""
+    """What the modules are to do; the path and features' shape of each one called.
+
+    They normalize as told, update nothing, and record their input.
+    """
 
     use_running_average: bool
     called: list[tuple[Any, tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
 
+def moments_of(x: jax.Array, features: tuple[int, ...], mask: Any) -> Moments:
+    """The moments of x, with a count for each feature."""
+    batch = batch_moments(x, axis=features, mask=mask)
+    count = jnp.broadcast_to(batch.num_elements, batch.mean.shape)
+    return batch._replace(num_elements=count)
+
+
+def nothing(mean: jax.Array) -> Moments:
+    """The moments of no data, of the shape and dtype of `mean`."""
+    zeros = jnp.zeros_like(mean)
+    return Moments(zeros.real, zeros, zeros.real)
+
+
+# A model of Linen is called with a recording as its context; in place of an argument
+# that each model would have to hand down.
 _ACTIVE: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
     "recording", default=None
 )
@@ -35,11 +52,10 @@ def active() -> Recording | None:
 
 
 @contextlib.contextmanager
-def record(use_running_average: bool) -> Iterator[Recording]:
-    """Batch norms within normalize as told, update nothing, and record their input."""
-    recording = Recording(use_running_average)
+def activate(recording: Recording) -> Iterator[None]:
+    """Within it, `active` is `recording`."""
     token = _ACTIVE.set(recording)
     try:
-        yield recording
+        yield
     finally:
         _ACTIVE.reset(token)

@@ -11,7 +11,7 @@ from jaxbn import _flax_rules, _recording, _shapes
 from jaxbn._batch_norm import Params
 from jaxbn._inspect import LayerStatistics as LayerStatistics
 from jaxbn._inspect import inspect_statistics as inspect_statistics
-from jaxbn._moments import Moments, batch_moments, merge_moments
+from jaxbn._moments import Moments, merge_moments
 from jaxbn._recalibrate import recalibrate as recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
@@ -146,7 +146,7 @@ class BatchNorm(_flax_rules.PlainRules, nn.Module):
         )
         if recording is not None:
             recording.called.append((self.path, shape))
-            _record(self, batch_moments(x, axis=features, mask=mask))
+            _record(self, _recording.moments_of(x, features, mask))
         y, state = _flax_rules.apply(
             self,
             x,
@@ -213,13 +213,11 @@ def _running_statistics(
 
 def _record(module: BatchNorm, batch: Moments) -> None:
     """Adds the moments to those that this layer has recorded in this call so far."""
-    values = (jnp.broadcast_to(batch[0], batch.mean.shape), *batch[1:])
+    initial = _recording.nothing(batch.mean)
     variables = [
-        module.variable("batch_stats", name, jnp.zeros_like, value)
-        for name, value in zip(_recording.NAMES, values, strict=True)
+        module.variable("batch_stats", name, lambda value=value: value)
+        for name, value in zip(_recording.NAMES, initial, strict=True)
     ]
     so_far = Moments(*(variable.value for variable in variables))
-    for variable, value in zip(
-        variables, merge_moments(so_far, Moments(*values)), strict=True
-    ):
+    for variable, value in zip(variables, merge_moments(so_far, batch), strict=True):
         variable.value = value

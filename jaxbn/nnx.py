@@ -11,6 +11,8 @@ from jax.nn import initializers
 
 from jaxbn import _flax_rules, _shapes
 from jaxbn._batch_norm import Params
+from jaxbn._recalibrate_nnx import Recorded
+from jaxbn._recalibrate_nnx import recalibrate as recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
 from jaxbn._weight_decay_nnx import weight_decay_mask as weight_decay_mask
@@ -58,6 +60,9 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
     num_updates: nnx.BatchStat[jax.Array]
     scale: nnx.Param[jax.Array] | None
     bias: nnx.Param[jax.Array] | None
+
+    # Only in the copy of a model that `recalibrate` calls.
+    recorded: Recorded | None = None
 
     def __init__(
         self,
@@ -196,8 +201,13 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
         x, mask, features, dtype = _flax_rules.prepare(
             self, x, mask, [p.dtype for p in params if p is not None]
         )
+        if self.recorded is not None:
+            self.recorded.add(x, features, mask)
+            use_running_average = self.recorded.recording.use_running_average
         updating = not (
-            use_running_average or _flax_rules.warns_of_one_element(self, x, features)
+            use_running_average
+            or self.recorded is not None
+            or _flax_rules.warns_of_one_element(self, x, features)
         )
         counts = self._keeps_count()
         count = self.num_updates[...] if counts else jnp.zeros((), jnp.int32)
@@ -219,12 +229,13 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
                 self.num_updates.set_value(state.num_updates)
         return y
 
+    # Flax shows this docstring to users, and reads only arguments indented by two.
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` and `nnx.with_attributes` may change.
+        """What `nnx.view` may change.
 
         Args:
-            use_running_average: Whether to normalize by the running statistics
-                (inference) or by the batch (training); None leaves it as it is.
+          use_running_average: Whether to normalize by the running statistics
+            (inference) or by the batch (training); None leaves it as it is.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
