@@ -125,6 +125,10 @@ def infer(net, variables):
     return compiled_inference(net)(variables)
 
 
+def shapes_of(tree):
+    return jax.eval_shape(lambda: tree)
+
+
 def assert_identical(actual, desired):
     def same(path, a, b):
         assert a.dtype == b.dtype
@@ -144,7 +148,7 @@ def test_training_goes_on(net, format_, tmp_path):
     """What is restored, into shapes alone, trains on to the same bits."""
     variables = train(net, init(net))
     format_.save(tmp_path / "c", variables)
-    shapes = jax.eval_shape(lambda: init(net))
+    shapes = shapes_of(init(net))
     restored = format_.restore(tmp_path / "c", shapes)
     assert_identical(restored, variables)
     more = range(5, 8)
@@ -161,7 +165,7 @@ def test_params_and_state(format_, tmp_path):
         _, state = jaxbn.batch_norm(x, params, state, train=True)
     tree = {"norm": (params, state), "complex": complex_}
     format_.save(tmp_path / "c", tree)
-    target = jax.eval_shape(lambda: tree)
+    target = shapes_of(tree)
     restored = format_.restore(tmp_path / "c", target)
     assert_identical(restored, tree)
     assert isinstance(restored["norm"][1], jaxbn.State)
@@ -179,7 +183,7 @@ def test_between_flax_and_ours(writer, format_, tmp_path):
     write, read = nets
     variables = train(write, init(write))
     format_.save(tmp_path / "c", variables)
-    restored = format_.restore(tmp_path / "c", jax.eval_shape(lambda: init(read)))
+    restored = format_.restore(tmp_path / "c", shapes_of(init(read)))
     assert_identical(restored, variables)
     desired = infer(write, variables)
     assert np.abs(desired).max() > 1
@@ -202,7 +206,7 @@ def test_a_count_that_the_checkpoint_lacks(options, format_, tmp_path):
     net = ours(**options)
     variables = train(theirs(), init(theirs()))
     format_.save(tmp_path / "c", variables)
-    shapes = jax.eval_shape(lambda: init(net))
+    shapes = shapes_of(init(net))
     with pytest.raises(ValueError, match="num_updates"):
         format_.restore(tmp_path / "c", shapes)
     restored = format_.restore(tmp_path / "c")
