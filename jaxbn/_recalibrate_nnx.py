@@ -96,7 +96,7 @@ class Measurement(_measure.Measurement):
 
     def replace(self, variables: Any, moments: dict[Path, Moments]) -> Any:
         """`variables` with means and variances from `moments`."""
-        model = nnx.merge(self.graphdef, variables)
+        model = nnx.merge(self.graphdef, variables, copy=True)
         norms = _batch_norms(model)
         for path, new in moments.items():
             norm = norms[path]
@@ -113,6 +113,10 @@ class Recorded(nnx.Module):
     over layers treat them alike. The recording is no context, as it is in Linen, since
     `nnx.jit` would not see another one: it goes by the attributes of modules.
     """
+
+    num_elements: nnx.BatchStat[jax.Array]
+    mean: nnx.BatchStat[jax.Array]
+    var: nnx.BatchStat[jax.Array]
 
     def __init__(self, recording: _recording.Recording, path: Path, mean: jax.Array):
         self.recording = recording

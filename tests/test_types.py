@@ -237,12 +237,13 @@ def test_all_public_types_are_known(tmp_path):
 
 
 def public(module):
-    """What the module defines or, in the manner `X as X`, hands on."""
+    """What `__all__` names, or else is defined here or handed on as `X as X`."""
     tree = ast.parse(inspect.getsource(module))
     defined = (ast.FunctionDef, ast.ClassDef)
     names = {node.name for node in tree.body if isinstance(node, defined)}
     imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
     names |= {a.asname for node in imports for a in node.names if a.name == a.asname}
+    names = getattr(module, "__all__", names)
     things = {name: getattr(module, name) for name in sorted(names) if name[0] != "_"}
     return {
         f"{module.__name__}.{name}": thing
