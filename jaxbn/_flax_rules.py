@@ -94,12 +94,9 @@ def warns_of_one_element(norm: Any, x: jax.Array, features: tuple[int, ...]) -> 
     For NNX, which cannot tell initializing from training.
     """
     names, groups = _devices.check_axis_name(norm.axis_name, norm.axis_index_groups)
-    ghosts = norm.ghost_batch_size
-    devices = 1 if ghosts else _devices.group_size(names, groups)
+    devices = 1 if norm.ghost_batch_size else _devices.group_size(names, groups)
     try:
-        _shapes.check_count(
-            (ghosts or x.shape[0], *x.shape[1:]), features, devices, "training"
-        )
+        _shapes.check_count(x.shape, features, devices, "training")
     except ValueError as error:
         message = f"{error}; y is the bias, and the running statistics stay"
         warnings.warn(message, stacklevel=3)

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jax.nn import initializers
 
 from jaxbn import _flax_rules, _shapes
 from jaxbn._batch_norm import Params
+from jaxbn._closed_over import only_shape
 from jaxbn._recalibrate_nnx import Recorded
 from jaxbn._recalibrate_nnx import recalibrate as recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max
@@ -222,11 +224,15 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
             use_running_average=use_running_average,
             updating=updating,
         )
-        if updating:
+        if not updating:
+            return y
+        try:
             self.mean.set_value(state.mean)
             self.var.set_value(state.var)
             if counts:
                 self.num_updates.set_value(state.num_updates)
+        except TraceContextError:
+            return only_shape(y)
         return y
 
     # Flax shows this docstring to users, and reads only arguments indented by two.

@@ -1,0 +1,945 @@
+"""nnx.BatchNorm: the bits of linen.BatchNorm, and all that NNX does to modules."""
+
+import functools
+import inspect
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, assert_close, case_ids
+from flax import nnx
+from flax.errors import TraceContextError
+from flax.nnx.nn.dtypes import promote_dtype
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn.nnx import BatchNorm, BatchRenorm
+
+OURS = ["running_variance", "debias", "derivative", "ghost_batch_size"]
+
+
+def draw(*shape, mean=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=shape) * 2 + mean, jnp.float32)
+
+
+def make(num_features, cls=BatchNorm, **kwargs):
+    return cls(num_features, rngs=nnx.Rngs(0), **kwargs)
+
+
+def statistics(norm):
+    return norm.mean[...], norm.var[...]
+
+
+# --- As in flax.nnx -----------------------------------------------------------------
+
+
+def test_arguments_are_flax_arguments_then_ours():
+    ours, flax_s = (
+        inspect.signature(cls.__init__).parameters for cls in (BatchNorm, nnx.BatchNorm)
+    )
+    assert list(ours) == [*flax_s, *OURS]
+    for name, parameter in flax_s.items():
+        if name != "promote_dtype":  # here nothing need be promoted
+            assert ours[name].default == parameter.default
+            assert ours[name].kind == parameter.kind
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("use_scale", [False, True])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_variables_and_draws_are_flax_variables_and_draws(
+    use_scale, use_bias, param_dtype
+):
+    rngs = [nnx.Rngs(params=3) for _ in range(2)]
+    ours, flax_norm = (
+        cls(
+            5,
+            use_scale=use_scale,
+            use_bias=use_bias,
+            param_dtype=param_dtype,
+            scale_init=nnx.initializers.normal(),
+            bias_init=nnx.initializers.normal(),
+            rngs=rng,
+        )
+        for cls, rng in zip((BatchNorm, nnx.BatchNorm), rngs, strict=True)
+    )
+    mine, theirs = (dict(nnx.to_flat_state(nnx.state(n))) for n in (ours, flax_norm))
+    assert mine.keys() == theirs.keys()
+    for path, variable in theirs.items():
+        assert type(mine[path]) is type(variable)
+        assert mine[path].dtype == variable.dtype
+        np.testing.assert_array_equal(mine[path][...], variable[...])
+    assert (ours.scale is None, ours.bias is None) == (not use_scale, not use_bias)
+    after = [jax.random.key_data(rng.params()) for rng in rngs]
+    np.testing.assert_array_equal(after[0], after[1])
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": None}, {"debias": True}])
+def test_update_count_only_where_a_mode_needs_it(kwargs):
+    assert not hasattr(make(3), "num_updates")
+    norm, x = make(3, **kwargs), draw(64, 3, mean=9)
+    assert isinstance(norm.num_updates, nnx.BatchStat)
+    norm(x)
+    assert norm.num_updates[...] == 1
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+    norm(x, use_running_average=True)
+    assert norm.num_updates[...] == 1
+
+
+def test_state_of_flax_module_loads_and_the_reverse():
+    x = draw(8, 3, mean=2)
+    theirs = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with jax.numpy_rank_promotion("allow"):
+        theirs(x)
+        for source, target in [
+            (theirs, make(3, debias=True)),
+            (make(3), nnx.BatchNorm(3, rngs=nnx.Rngs(1))),
+        ]:
+            source.train()
+            source(x)
+            nnx.update(target, nnx.state(source))
+            for model in (source, target):
+                model.eval()
+            np.testing.assert_allclose(target(x), source(x), rtol=1e-6, atol=1e-6)
+
+
+class TestUseRunningAverage:
+    def test_call_wins_over_constructor(self):
+        norm, x = make(3, use_running_average=True), draw(8, 3)
+        np.testing.assert_allclose(norm(x), x, rtol=1e-4)
+        assert_close(norm(x, use_running_average=False), oracle.forward(x), x.dtype, 8)
+
+    def test_nowhere(self):
+        norm = make(3, use_running_average=None)
+        with pytest.raises(ValueError, match=r"constructor.*call.*nnx\.view"):
+            norm(draw(8, 3))
+
+    def test_traced(self):
+        with pytest.raises(TypeError, match="`use_running_average` must be a Python"):
+            nnx.jit(lambda m, flag: m(draw(8, 3), flag))(make(3), True)
+
+    def test_train_eval_view(self):
+        norm, x = make(3), draw(8, 3, mean=5)
+        norm.eval()
+        before = statistics(norm)
+        np.testing.assert_allclose(norm(x), x, rtol=1e-4)
+        view = nnx.view(norm, use_running_average=False)
+        view(x)  # shares its variables
+        assert norm.use_running_average
+        assert (norm.mean[...] != before[0]).all()
+        norm.train()
+        assert norm.use_running_average is False
+        norm.set_view(use_running_average=True)
+        assert norm.use_running_average is True
+        norm.set_view()
+        assert norm.use_running_average is True
+
+    def test_view_info_shows_the_argument(self):
+        info = nnx.view_info(make(3))
+        assert "BatchNorm:\n  use_running_average" in info
+        assert "inference" in info
+
+    def test_inference_ignores_axis_name(self):
+        y = make(3, use_running_average=True, axis_name="nowhere")(draw(8, 3))
+        assert jnp.isfinite(y).all()
+
+
+class TestOneElementPerFeature:
+    """NNX cannot tell initializing, where it is fine, from training."""
+
+    @pytest.mark.parametrize("cls", [BatchNorm, BatchRenorm])
+    def test_warns_once_and_returns_the_bias(self, cls):
+        norm = make(3, cls, bias_init=nnx.initializers.ones)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                y = norm(draw(1, 3, mean=7))
+        (warning,) = caught
+        assert "needs more than one element per feature" in str(warning.message)
+        assert "axis_name" in str(warning.message)
+        assert warning.filename == __file__
+        np.testing.assert_array_equal(y, 1)
+        np.testing.assert_array_equal(norm.mean[...], 0)
+        np.testing.assert_array_equal(norm.var[...], 1)
+
+    def test_with_ghost_batches(self):
+        norm = make(3, ghost_batch_size=4)
+        with pytest.warns(UserWarning, match="more than one element"):
+            np.testing.assert_array_equal(norm(draw(1, 3)), 0)
+        with pytest.raises(ValueError, match="more than one element"):
+            make(3, ghost_batch_size=1)(draw(4, 3))
+
+    def test_devices_count_together(self):
+        norm = make(3, axis_name="d", momentum=0.0)
+        x = draw(4, 1, 3)
+        f = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0), axis_name="d")
+        assert_close(f(norm, x)[:, 0], oracle.forward(x[:, 0]), x.dtype, 4)
+        np.testing.assert_allclose(norm.mean[...], x.mean((0, 1)), rtol=1e-5)
+
+    def test_unbound_axis_is_an_error(self):
+        with pytest.raises(ValueError, match="`axis_name` 'd' is not bound"):
+            make(3, axis_name="d")(draw(1, 3))
+
+
+# --- The bits of Linen ----------------------------------------------------------------
+
+
+def random_like(variables, seed=0):
+    """Variables with random values, positive where they must be; counts stay."""
+    rng = np.random.default_rng(seed)
+
+    def value(a):
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            return a
+        return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype)
+
+    return jax.tree.map(value, variables)
+
+
+def linen_step(norm, variables, x, mask, dy, use_running_average):
+    """(y, batch_stats, (params' gradients, dx)) of one call."""
+
+    @jax.jit
+    def step(variables, x, dy):
+        def apply(params, x):
+            y, updates = norm.apply(
+                variables | {"params": params},
+                x,
+                use_running_average,
+                mask=mask,
+                mutable=["batch_stats"],
+            )
+            return y, updates["batch_stats"]
+
+        params = variables.get("params", {})
+        y, vjp, stats = jax.vjp(apply, params, x, has_aux=True)
+        return y, stats, vjp(dy.astype(y.dtype))
+
+    return step(variables, x, dy)
+
+
+def nnx_step(norm, variables, x, mask, dy, use_running_average):
+    """The same of an NNX module with these variables."""
+    for name, value in (variables["batch_stats"] | variables.get("params", {})).items():
+        getattr(norm, name).set_value(value)
+    graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, rest, x, dy):
+        def apply(params, x):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            y = model(x, use_running_average, mask=mask)
+            return y, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+        y, vjp, stats = jax.vjp(apply, params, x, has_aux=True)
+        dparams, dx = vjp(dy.astype(y.dtype))
+        return y, stats, (nnx.to_pure_dict(dparams), dx)
+
+    return step(params, rest, x, dy)
+
+
+def check_bits(kwargs, num_features, x, mask, dy, classes=("BatchNorm",)):
+    for cls in classes:
+        linen_norm = getattr(jaxbn.linen, cls)(**kwargs)
+        variables = random_like(linen_norm.init(jax.random.key(0), x, False))
+        for use_running_average in (False, True):
+            norm = make(num_features, getattr(jaxbn.nnx, cls), **kwargs)
+            args = variables, x, mask, dy, use_running_average
+            got, want = nnx_step(norm, *args), linen_step(linen_norm, *args)
+            assert jax.tree.structure(got) == jax.tree.structure(want)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+
+
+# A bare batch of one, or none, has tests of its own.
+BITS = [c for c in CASES if c.name not in ("one image", "volume", "many rows")]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("case", BITS, **case_ids)
+def test_the_bits_of_linen(case, dtype):
+    """y, statistics and gradients, in training and inference, at default arguments."""
+    x, _, _, mask, dy = case.draw(dtype)
+    kwargs = {
+        "axis": case.axis,
+        "use_scale": case.use_scale,
+        "use_bias": case.use_bias,
+    }
+    check_bits(kwargs, case.features, jnp.asarray(x, dtype), mask, jnp.asarray(dy))
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"dtype": jnp.bfloat16},
+        {"dtype": jnp.float32},
+        {"param_dtype": jnp.bfloat16},
+        {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16},
+        {"dtype": jnp.complex64},
+        {"debias": True, "running_variance": "unbiased"},
+        {"momentum": None, "derivative": "jvp", "epsilon": 1e-3},
+        {"ghost_batch_size": 4},
+    ],
+    ids=str,
+)
+def test_the_bits_of_linen_with(kwargs, x_dtype):
+    x, dy = draw(8, 5, mean=100).astype(x_dtype), draw(8, 5, seed=1)
+    check_bits(kwargs, 5, x, None, dy)
+
+
+def test_the_bits_of_linen_in_renorm():
+    x, dy = draw(8, 5, mean=100), draw(8, 5, seed=1)
+    for kwargs in ({}, {"r_max": 3.0, "d_max": 5.0}):
+        check_bits(kwargs, 5, x, None, dy, ["BatchRenorm"])
+
+
+def test_integers_give_the_bits_of_linen():
+    x = jnp.arange(12).reshape(4, 3) ** 2 % 7
+    linen_norm = jaxbn.linen.BatchNorm(False)
+    y, _ = linen_norm.init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(jax.jit(lambda x: make(3)(x))(x), y)
+
+
+def test_ghosts_are_no_renorm():
+    norm = make(3, BatchRenorm, ghost_batch_size=4)
+    with pytest.raises(ValueError, match="`ghost_batch_size` must be None"):
+        norm(draw(8, 3))
+
+
+# --- Transformations of NNX -----------------------------------------------------------
+
+
+class Block(nnx.Module):
+    """A layer and a batch norm."""
+
+    def __init__(self, rngs, **kwargs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = BatchNorm(4, rngs=rngs, **{"momentum": 0.5} | kwargs)
+
+    def __call__(self, x):
+        return nnx.tanh(self.norm(self.linear(x)))
+
+
+@pytest.fixture
+def lax_ranks():
+    """Flax's own layers broadcast across ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def assert_same_state(a, b, rtol=1e-5):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6),
+        nnx.to_pure_dict(nnx.state(a)),
+        nnx.to_pure_dict(nnx.state(b)),
+    )
+
+
+@pytest.mark.usefixtures("lax_ranks")
+class TestTransformations:
+    @pytest.mark.parametrize("kwargs", [{}, {"debias": True}], ids=str)
+    def test_jit_and_split_and_merge(self, kwargs):
+        x = draw(8, 4, mean=3)
+        eager, jitted = (Block(nnx.Rngs(0), **kwargs) for _ in range(2))
+        y = eager(x)
+        np.testing.assert_allclose(
+            nnx.jit(lambda m, x: m(x))(jitted, x), y, rtol=1e-5, atol=1e-5
+        )
+        assert_same_state(eager, jitted)
+
+        @jax.jit
+        def step(state, x):  # JAX's own jit, over the state
+            model = nnx.merge(graphdef, state)
+            return model(x), nnx.state(model)
+
+        graphdef, state = nnx.split(Block(nnx.Rngs(0), **kwargs))
+        y2, state2 = step(state, x)
+        np.testing.assert_allclose(y2, y, rtol=1e-5, atol=1e-5)
+        assert_same_state(nnx.merge(graphdef, state2), eager)
+        assert jax.tree.structure(state2) == jax.tree.structure(state)
+
+    def test_a_scan_over_steps_with_donated_state(self):
+        graphdef, state = nnx.split(make(4, momentum=0.5, debias=True))
+        xs = draw(5, 8, 4, mean=3)
+
+        def step(state, x):
+            model = nnx.merge(graphdef, state)
+            y = model(x)
+            return nnx.state(model), y
+
+        state, _ = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs), donate_argnums=0)(
+            state, xs
+        )
+        one_by_one = make(4, momentum=0.5, debias=True)
+        for x in xs:
+            one_by_one(x)
+        assert_same_state(nnx.merge(graphdef, state), one_by_one)
+        assert one_by_one.num_updates[...] == 5
+
+    def test_grad(self):
+        """Of a loss that is random in y, against the oracle; statistics come along."""
+        x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
+        norm = make(4, momentum=0.0, scale_init=nnx.initializers.normal(1.0))
+
+        def loss(norm, x):
+            # The state is a constant to it, however large.
+            return (norm(x) * dy).sum() + 1e3 * (norm.mean[...] + norm.var[...]).sum()
+
+        argnums = (nnx.DiffState(0, nnx.Param), 1)
+        gradients, dx = nnx.jit(nnx.grad(loss, argnums=argnums))(norm, x)
+        desired = oracle.backward(dy, x, norm.scale[...])
+        for got, want in zip(
+            (dx, gradients["scale"][...], gradients["bias"][...]), desired, strict=True
+        ):
+            assert_close(got, want, x.dtype, 8)
+        np.testing.assert_allclose(norm.mean[...], x.mean(0), rtol=1e-5)
+
+    def test_forward_mode(self):
+        x = draw(8, 4)
+        norm = make(4, derivative="jvp")
+        graphdef, state = nnx.split(norm)
+        y, tangent = jax.jvp(
+            lambda x: nnx.merge(graphdef, state, copy=True)(x), (x,), (x,)
+        )
+        # y does not see the scale of x: along x it does not move.
+        np.testing.assert_allclose(tangent, 0, atol=1e-4 * float(abs(y).max()))
+
+    def test_remat(self):
+        x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
+
+        class Remat(Block):
+            @nnx.remat
+            def __call__(self, x):
+                return super(Remat, self).__call__(x)
+
+        def step(model):
+            def loss(model):
+                return (model(x) * dy).sum()
+
+            return nnx.jit(nnx.grad(loss))(model)
+
+        plain, remat = Block(nnx.Rngs(0)), Remat(nnx.Rngs(0))
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+            nnx.to_pure_dict(step(remat)),
+            nnx.to_pure_dict(step(plain)),
+        )
+        assert_same_state(plain, remat)
+        assert (plain.norm.mean[...] != 0).all()
+
+    def test_scan_over_layers(self):
+        x = draw(8, 4, mean=3)
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def create(rngs):
+            return Block(rngs, momentum=None)
+
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def apply(block, x):
+            return block(x)
+
+        stack = create(nnx.Rngs(0))
+        assert stack.norm.mean.shape == (3, 4)
+        assert stack.norm.num_updates.shape == (3,)
+        y = nnx.jit(apply)(stack, x)
+        h = np.asarray(x, np.float64)
+        for i in range(3):
+            h = h @ np.asarray(stack.linear.kernel[i], np.float64)
+            _, mean, var = oracle.moments(h)
+            np.testing.assert_allclose(stack.norm.mean[i], mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(stack.norm.var[i], var, rtol=1e-4)
+            h = np.tanh(oracle.forward(h))
+        np.testing.assert_allclose(y, h, rtol=1e-3, atol=1e-4)
+
+    def test_vmap_over_models_and_over_a_shared_one(self):
+        xs = draw(3, 8, 4, mean=3)
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def create(rngs):
+            return Block(rngs)
+
+        models = create(nnx.Rngs(0))
+        y = nnx.vmap(lambda m, x: m(x))(models, xs)
+        for i in range(3):
+            h = np.asarray(xs[i], np.float64) @ models.linear.kernel[i]
+            assert_close(y[i], np.tanh(oracle.forward(h)), jnp.float32, 800)
+            assert_close(models.norm.mean[i], 0.5 * h.mean(0), jnp.float32, 800)
+
+        # One model, whose statistics are each lane's own.
+        axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
+        norm = make(4, momentum=0.0)
+        for name in ("mean", "var"):
+            variable = getattr(norm, name)
+            variable.set_value(jnp.broadcast_to(variable[...], (3, 4)))
+        nnx.vmap(lambda m, x: m(x), in_axes=(axes, 0))(norm, xs)
+        np.testing.assert_allclose(norm.mean[...], xs.mean(1), rtol=1e-5)
+
+    def test_eval_shape(self):
+        x = draw(8, 4)
+        abstract = nnx.eval_shape(lambda: Block(nnx.Rngs(0), debias=True))
+        y = nnx.eval_shape(lambda m, x: m(x), abstract, x)
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
+        assert abstract.norm.num_updates.dtype == jnp.int32
+        model = Block(nnx.Rngs(0))
+        for closed_over in (model, jax.grad(lambda x: model(x).sum()), jax.vmap(model)):
+            like = x[None] if closed_over is not model else x
+            assert nnx.eval_shape(closed_over, like).shape == like.shape
+        np.testing.assert_array_equal(model.norm.mean[...], 0)
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda model, x: jax.jit(model)(x),
+            lambda model, x: jax.vmap(model)(x[None]),
+            lambda model, x: jax.grad(lambda x: (model(x) ** 2).sum())(x),
+            lambda model, x: jax.jit(jax.grad(lambda x: model(x).sum()))(x),
+            lambda model, x: jax.jit(jax.checkpoint(model))(x),
+        ],
+        ids=["jit", "vmap", "grad", "only a gradient", "checkpoint"],
+    )
+    def test_training_what_is_closed_over_is_an_error_as_in_flax(self, use):
+        model = make(4)
+        with pytest.raises(TraceContextError, match="pass the model to it"):
+            use(model, draw(8, 4))
+        np.testing.assert_array_equal(model.mean[...], 0)
+        np.testing.assert_array_equal(model.var[...], 1)
+        model = make(4, use_running_average=True)  # nothing is to be updated
+        assert jnp.isfinite(use(model, draw(8, 4))).all()
+
+    def test_mutable_references(self):
+        x = draw(8, 4, mean=3)
+        with nnx.var_defaults(ref=True):
+            norm = make(4, momentum=0.0, debias=True)
+        jax.jit(lambda x: norm(x))(x)
+        np.testing.assert_allclose(norm.mean[...], x.mean(0), rtol=1e-5)
+        assert norm.num_updates[...] == 1
+
+    def test_arrays_of_numpy(self):
+        """As checkpoints give them."""
+        norm = make(4, momentum=0.0)
+        nnx.update(norm, jax.tree.map(np.asarray, nnx.state(norm)))
+        norm(draw(8, 4, mean=3))
+        np.testing.assert_allclose(norm.mean[...], draw(8, 4, mean=3).mean(0), 1e-5)
+
+
+# --- Devices --------------------------------------------------------------------------
+
+
+def explicit_mesh(**axes):
+    kinds = (AxisType.Explicit,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), kinds)
+
+
+class TestDevices:
+    @pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P("d", "e")], ids=str)
+    @pytest.mark.parametrize("use_running_average", [False, True])
+    def test_explicit_mesh(self, spec, use_running_average):
+        """With sharded features, where Flax's module fails."""
+        x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
+
+        def step(norm, x, dy):
+            argnums = (nnx.DiffState(0, nnx.Param), 1)
+
+            def loss(norm, x):
+                y = norm(x, use_running_average)
+                return (y * dy).sum(), y
+
+            return nnx.grad(loss, argnums=argnums, has_aux=True)(norm, x)
+
+        want_norm, norm = make(4), make(4)
+        (want_params, want_dx), want_y = nnx.jit(step)(want_norm, x, dy)
+        mesh = explicit_mesh(d=4, e=2) if "e" in str(spec) else explicit_mesh(d=4)
+        with jax.set_mesh(mesh):
+            x, dy = (jax.device_put(a, spec) for a in (x, dy))
+            (params, dx), y = nnx.jit(step)(norm, x, dy)
+        assert jax.typeof(y).sharding.spec == jax.typeof(x).sharding.spec
+        for a, b in zip((y, dx), (want_y, want_dx), strict=True):
+            assert_close(a, b, jnp.float32, 8)
+        for name in ("scale", "bias"):
+            assert_close(params[name][...], want_params[name][...], jnp.float32, 8)
+        assert_same_state(norm, want_norm)
+
+    def test_metadata_shards_parameters(self):
+        metadata = {"out_sharding": ("d",)}
+        with jax.set_mesh(jax.make_mesh((4,), ("d",), (AxisType.Auto,))):
+            norm, plain = (
+                make(4, scale_metadata=meta, bias_metadata=meta)
+                for meta in (metadata, {})
+            )
+            for param in (norm.scale, norm.bias):
+                assert param.out_sharding == ("d",)
+                assert param[...].sharding.spec == P("d")
+            x = draw(8, 4, mean=3)
+            y = nnx.jit(lambda m, x: m(x))(norm, x)
+            assert_close(y, oracle.forward(x), x.dtype, 8)
+            plain(x)
+            assert_same_state(norm, plain)
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_shard_map(self, check_vma):
+        """Devices with unequal masks are one batch; gradients included."""
+        x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
+        mask = np.arange(8)[:, None] % 3 > 0
+        mask[:2] = False  # one device has nothing to count
+        norm = make(4, axis_name="d", momentum=0.0)
+        graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
+
+        def local(params, rest, x, mask):
+            model = nnx.merge(graphdef, params, rest)
+            y = model(x, mask=mask)
+            return y, nnx.state(model, nnx.BatchStat)
+
+        sharded = jax.shard_map(
+            local,
+            mesh=jax.make_mesh((4,), ("d",), (AxisType.Auto,)),
+            in_specs=(P(), P(), P("d"), P("d")),
+            out_specs=(P("d"), P()),
+            check_vma=check_vma,
+        )
+
+        @jax.jit
+        def step(params, x):
+            y, vjp, stats = jax.vjp(
+                lambda p, x: sharded(p, rest, x, mask), params, x, has_aux=True
+            )
+            return y, stats, vjp(dy)
+
+        y, stats, (dparams, dx) = step(params, x)
+        _, mean, var = oracle.moments(x, mask=mask)
+        np.testing.assert_allclose(stats["mean"][...], mean, rtol=1e-5)
+        np.testing.assert_allclose(stats["var"][...], var, rtol=1e-5)
+        desired = oracle.backward(np.where(mask, dy, 0), x, mask=mask)
+        got = dx, dparams["scale"][...], dparams["bias"][...]
+        for a, b in zip(
+            (y, *got), (oracle.forward(x, mask=mask), *desired), strict=True
+        ):
+            assert_close(a, b, jnp.float32, 8)
+
+    def test_nnx_shard_map(self):
+        x = draw(8, 4, mean=3)
+        norm = make(4, axis_name="d", momentum=0.0)
+        mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,))
+        f = nnx.shard_map(
+            lambda m, x: m(x), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d")
+        )
+        y = nnx.jit(f)(norm, x)
+        assert_close(y, oracle.forward(x), x.dtype, 8)
+        np.testing.assert_allclose(norm.mean[...], x.mean(0), rtol=1e-5)
+
+
+# --- Defects --------------------------------------------------------------------------
+
+
+class TestFlaxDefects:
+    """Each of these goes wrong with flax.nnx.BatchNorm (FLAX.md, by number)."""
+
+    def test_1_unequal_masks_over_devices(self):
+        x = jnp.array([[[1.0], [2.0], [3.0], [4.0]], [[0.0], [9.0], [9.0], [9.0]]])
+        mask = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]])[..., None]
+        norm = make(1, momentum=0.0, axis_name="d")
+        nnx.vmap(lambda m, x, k: m(x, mask=k), in_axes=(None, 0, 0), axis_name="d")(
+            norm, x, mask
+        )
+        np.testing.assert_allclose(norm.mean[...], [2.0])
+
+    def test_2_nan_padding(self):
+        x = jnp.array([[1.0, 2.0], [3.0, 5.0], [jnp.nan, jnp.nan]])
+        mask = jnp.array([[True], [True], [False]])
+        norm = make(2)
+        argnums = (nnx.DiffState(0, nnx.Param), 1)
+        gradients = nnx.grad(lambda m, x: m(x, mask=mask)[0, 0], argnums=argnums)(
+            norm, x
+        )
+        leaves = jax.tree.leaves((gradients, nnx.state(norm)))
+        assert all(jnp.isfinite(a).all() for a in leaves)
+
+    def test_3_large_mean(self):
+        x = draw(4096, 3, mean=1e4)
+        norm = make(3, momentum=0.0)
+        y = norm(x)
+        _, _, var = oracle.moments(x)
+        np.testing.assert_allclose(norm.var[...], var, rtol=1e-3)
+        np.testing.assert_allclose(y.std(0), 1, rtol=1e-3)
+
+    def test_4_nothing_to_count_or_not_finite(self):
+        norm = make(3)
+        for x, mask in [
+            (jnp.ones((4, 3)), jnp.zeros((4, 1))),
+            (jnp.ones((0, 3)), None),
+            (jnp.full((4, 3), jnp.nan), None),
+        ]:
+            norm(x, mask=mask)
+            np.testing.assert_array_equal(norm.mean[...], 0)
+            np.testing.assert_array_equal(norm.var[...], 1)
+
+    def test_5_state_keeps_its_dtype(self):
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            for dtype in (jnp.float64, jnp.bfloat16):
+                norm = make(3, param_dtype=dtype)
+                norm(draw(8, 3).astype(dtype))
+                assert [a.dtype for a in statistics(norm)] == [jnp.float32] * 2
+
+    def test_6_the_statistics_are_constants(self):
+        norm, x = make(3), draw(8, 3)
+
+        def loss(norm, x):
+            norm(x)
+            return norm.mean[0] + norm.var[0]
+
+        np.testing.assert_array_equal(nnx.grad(loss, argnums=1)(norm, x), 0)
+
+    def test_7_dtype_rounds_no_statistics(self):
+        """Nor x, which at mean 100 has but a bit or two behind the point."""
+        x = draw(256, 3, mean=100)
+        norm = make(3, momentum=0.0, dtype=jnp.bfloat16)
+        y = norm(x)
+        norm.eval()
+        want = oracle.forward(x)
+        for got in (y, norm(x)):
+            assert got.dtype == jnp.bfloat16
+            np.testing.assert_allclose(
+                got.astype(jnp.float32), want, rtol=2**-8, atol=1e-4
+            )
+        norm.promote_dtype = promote_dtype  # Flax's: x in bfloat16
+        error = abs(norm(x).astype(jnp.float32) - want).max()
+        assert 0.02 < error < 0.3
+
+    def test_7_complex(self):
+        x = jax.lax.complex(draw(9, 3, mean=1), draw(9, 3, seed=1))
+        for kwargs in ({"param_dtype": jnp.complex64}, {"dtype": jnp.complex64}):
+            norm = make(3, momentum=0.0, **kwargs)
+            y = norm(x)
+            _, mean, var = oracle.moments(x)
+            np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+            np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+            np.testing.assert_allclose(y, oracle.forward(x), rtol=1e-4)
+        with pytest.raises(TypeError, match=r"`state\.mean` must be complex"):
+            make(3)(x)
+
+    def test_8_axes_and_features(self):
+        for axis, message in [((1, -1), "once"), (5, "must lie in")]:
+            with pytest.raises(ValueError, match=f"`axis`.*{message}"):
+                make(3, axis=axis)(jnp.ones((4, 3)))
+        norm = make(3, use_scale=False, use_bias=False)
+        with pytest.raises(ValueError, match=r"one entry per feature.*got \(3,\)"):
+            norm(jnp.ones((4, 2)))
+        with pytest.raises(TypeError, match="`num_features` must be an int"):
+            make(3.0)
+        with pytest.raises(TypeError, match="`dtype` must be floating point"):
+            make(3, dtype=jnp.int32)
+
+    def test_10_modes_without_a_start_at_zero(self):
+        x = draw(64, 3, mean=9)
+        for kwargs in ({"momentum": None}, {"debias": True}):
+            norm = make(3, **kwargs)
+            for _ in range(10):
+                norm(x)
+            np.testing.assert_allclose(norm.mean[...], x.mean(0), rtol=1e-5)
+
+    @pytest.mark.parametrize("mask", [[1, 0, 1], [[1], [0], [1], [1]]], ids=str)
+    def test_11_masks_agree_with_linen_in_numbers(self, mask):
+        """Flax's own such test compares NaN with NaN."""
+        x, mask = draw(4, 3), np.array(mask)
+        linen_norm = jaxbn.linen.BatchNorm(False)
+        variables = linen_norm.init(jax.random.key(0), x)
+        want, _ = linen_norm.apply(variables, x, mask=mask, mutable=["batch_stats"])
+        y = make(3)(x, mask=mask)
+        np.testing.assert_allclose(y, want, rtol=1e-6)
+        whole = np.broadcast_to(mask, x.shape) > 0
+        assert_close(y, oracle.forward(x, mask=whole), x.dtype, 4)
+        assert abs(y).max() > 0.5
+
+
+# --- recalibrate ----------------------------------------------------------------------
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(3):
+            x = nn.tanh(jaxbn.linen.BatchNorm(not train)(nn.Dense(4)(x)))
+        return x
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, **kwargs):
+        self.blocks = nnx.List([Block(rngs, **kwargs) for _ in range(3)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Interrupted:
+    """One batch, in the first pass over it."""
+
+    def __init__(self, x):
+        self.batches = iter([[x]])
+
+    def __iter__(self):
+        for batches in self.batches:
+            return iter(batches)
+        raise OSError("second pass")
+
+
+@pytest.mark.usefixtures("lax_ranks")
+class TestRecalibrate:
+    x = draw(60, 4, mean=3)
+
+    def trained(self, **kwargs):
+        """The same net in Linen and NNX, with statistics far from those of the data."""
+        variables = LinenNet().init(jax.random.key(1), self.x, True)
+        stats = random_like(variables["batch_stats"])
+        net = Net(nnx.Rngs(0), **kwargs)
+        for i, block in enumerate(net.blocks):
+            dense = variables["params"][f"Dense_{i}"]
+            block.linear.kernel.set_value(dense["kernel"])
+            for name, value in stats[f"BatchNorm_{i}"].items():
+                getattr(block.norm, name).set_value(value)
+        return net, variables | {"batch_stats": stats}
+
+    @pytest.mark.parametrize("sequential", [False, True])
+    @pytest.mark.parametrize("cuts", [[60], [7, 10, 60], [1, 2, 60]], ids=str)
+    def test_equals_linen(self, sequential, cuts):
+        net, variables = self.trained()
+        batches = [self.x[i:j] for i, j in zip([0, *cuts], cuts, strict=False)]
+        want = jaxbn.linen.recalibrate(
+            LinenNet(), variables, batches, sequential=sequential, train=True
+        )
+        before = nnx.to_pure_dict(nnx.state(net))
+        before = jax.tree.map(jnp.array, before)
+        jaxbn.nnx.recalibrate(net, batches, sequential=sequential)
+        for i, block in enumerate(net.blocks):
+            for name, value in want["batch_stats"][f"BatchNorm_{i}"].items():
+                np.testing.assert_allclose(
+                    getattr(block.norm, name)[...], value, rtol=1e-6, atol=1e-6
+                )
+        after = nnx.to_pure_dict(nnx.state(net))
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            nnx.to_pure_dict(nnx.state(net, nnx.Param)),
+            nnx.to_pure_dict(nnx.state(self.trained()[0], nnx.Param)),
+        )
+
+    def test_modes_and_counts_and_random_streams_stay(self):
+        class Noisy(nnx.Module):
+            def __init__(self, rngs):
+                self.norm = BatchNorm(4, debias=True, rngs=rngs)
+                self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+            def __call__(self, x):
+                return self.dropout(self.norm(x))
+
+        net = Noisy(nnx.Rngs(0))
+        net(self.x)
+        count = net.dropout.rngs.count[...]
+        jaxbn.nnx.recalibrate(net, [self.x])
+        assert net.norm.num_updates[...] == 1
+        assert net.norm.use_running_average is False
+        assert net.dropout.rngs.count[...] == count
+        np.testing.assert_allclose(net.norm.mean[...], self.x.mean(0), rtol=1e-5)
+
+    def test_keyword_batches_and_masks(self):
+        norm = make(4, use_running_average=True)
+        mask = np.arange(60)[:, None] % 4 > 0
+        x = jnp.where(mask, self.x, jnp.nan)
+        batches = [{"x": x[s], "mask": mask[s]} for s in (np.s_[:9], np.s_[9:])]
+        jaxbn.nnx.recalibrate(norm, batches, use_running_average=True)
+        _, mean, var = oracle.moments(self.x, mask=mask)
+        np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+        np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+
+    def test_a_shared_layer_gets_both_calls(self):
+        class Twice(nnx.Module):
+            def __init__(self, rngs):
+                self.a = BatchNorm(2, rngs=rngs)
+                self.b = self.a
+
+            def __call__(self, x):
+                return self.a(x[:, :2]) + self.b(x[:, 2:] + 1)
+
+        net = Twice(nnx.Rngs(0))
+        jaxbn.nnx.recalibrate(net, [self.x[:7], self.x[7:]])
+        both = np.concatenate([self.x[:, :2], self.x[:, 2:] + 1])
+        np.testing.assert_allclose(net.a.mean[...], both.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(net.a.var[...], both.var(0), rtol=1e-5)
+
+    def test_a_stack_of_layers_in_a_scan(self):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def create(rngs):
+            return Block(rngs)
+
+        class Stack(nnx.Module):
+            def __init__(self):
+                self.blocks = create(nnx.Rngs(0))
+
+            def __call__(self, x):
+                scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+                return scan(lambda block, x: block(x))(self.blocks, x)
+
+        net = Stack()
+        jaxbn.nnx.recalibrate(net, [self.x[:9], self.x[9:]], sequential=True)
+        h = np.asarray(self.x, np.float64)
+        for i in range(3):
+            h = h @ np.asarray(net.blocks.linear.kernel[i], np.float64)
+            _, mean, var = oracle.moments(h)
+            np.testing.assert_allclose(net.blocks.norm.mean[i], mean, 1e-4, 1e-5)
+            np.testing.assert_allclose(net.blocks.norm.var[i], var, 1e-4)
+            h = np.tanh(oracle.normalize(h, mean, var))
+
+    def test_under_nnx_jit_each_pass_is_traced(self):
+        class Jitted(Net):
+            @nnx.jit
+            def __call__(self, x):
+                return super(Jitted, self).__call__(x)
+
+        plain, jitted = Net(nnx.Rngs(0)), Jitted(nnx.Rngs(0))
+        for sequential in (False, True, False):
+            for net in (plain, jitted):
+                batches = [self.x[:7], self.x[7:]]
+                jaxbn.nnx.recalibrate(net, batches, sequential=sequential)
+            assert_same_state(plain, jitted)
+
+    def test_renorm_normalizes_plainly(self):
+        norm = make(4, BatchRenorm)
+        jaxbn.nnx.recalibrate(norm, [self.x])
+        np.testing.assert_allclose(norm.var[...], self.x.var(0), rtol=1e-5)
+        assert norm.num_updates[...] == 0
+
+    def test_an_error_changes_nothing(self):
+        net, _ = self.trained()
+        before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(net)))
+        wrong = [self.x, self.x[:, :3]]
+        for batches, kwargs, error, message in [
+            ([], {}, ValueError, "`batches` must hold at least one batch"),
+            ((b for b in [self.x]), {"sequential": True}, TypeError, "re-iterable"),
+            (wrong, {"sequential": True}, TypeError, "dot_general"),
+            (Interrupted(self.x), {"sequential": True}, OSError, "second pass"),
+            ([self.x], {"unknown": 1}, TypeError, "unknown"),
+        ]:
+            with pytest.raises(error, match=message):
+                jaxbn.nnx.recalibrate(net, batches, **kwargs)
+        after = nnx.to_pure_dict(nnx.state(net))
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+        assert net.blocks[0].norm.recorded is None
+
+    def test_a_model_without_ours(self):
+        with pytest.raises(ValueError, match="`model` must call a BatchNorm of jaxbn"):
+            jaxbn.nnx.recalibrate(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), [self.x])
