@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _devices, _shapes
-from jaxbn._moments import centered, zero_masked
+from jaxbn._centered import centered, zero_masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +87,26 @@ def check_arguments(
 
 
 def affine(
-    config: Config, x: Any, mean: Any, var: Any, scale: Any, bias: Any, mask: Any
+    config: Config,
+    x: Any,
+    mean: Any,
+    var: Any,
+    scale: Any,
+    bias: Any,
+    mask: Any,
+    mean_low: Any = None,
 ) -> jax.Array:
-    """`normalize` of arguments that were checked."""
+    """`normalize` of arguments that were checked; the exact mean is mean + mean_low."""
     dtype = _shapes.accumulation_dtype(x.dtype)
     a = rstd_of(var, config.epsilon, dtype)
     a = a if scale is None else a * cast(scale, dtype)
+    shift = None if bias is None else cast(bias, dtype)
+    if mean_low is not None:
+        shift = -a * mean_low if shift is None else shift - a * mean_low
     y = centered(x, mean, mask, config.features)
     y = y * _shapes.expand(a, config.features, x.ndim)
-    if bias is not None:
-        y = y + _shapes.expand(cast(bias, dtype), config.features, x.ndim)
+    if shift is not None:
+        y = y + _shapes.expand(shift, config.features, x.ndim)
     return zero_masked(y, mask).astype(config.dtype or x.dtype)
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import _devices, _shapes
-from jaxbn._barriers import apart_on_cpu
+from jaxbn._centered import abs_squared, sum_of_squares, zero_masked
+from jaxbn._rounding import corrected
 
 
 class Moments(NamedTuple):
@@ -78,7 +78,8 @@ def batch_moments(
     features = _shapes.feature_axes(axis, x.ndim)
     mask = _shapes.check_mask(mask, x)
     names, groups = _devices.check_axis_name(axis_name, axis_index_groups)
-    return moments(x, mask, features, names, groups)
+    batch, _ = moments(x, mask, features, names, groups)
+    return batch
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -112,7 +113,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             "`a` and `b` must have moments of one shape; got means of shape "
             f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
         )
-    return _merge(jnp.stack([to_rows(a), to_rows(b)]))
+    merged, _ = _merge(jnp.stack([to_rows(a), to_rows(b)]))
+    return merged
 
 
 def moments(
@@ -121,33 +123,36 @@ def moments(
     features: tuple[int, ...],
     axis_name: _devices.AxisName,
     groups: _devices.Groups,
-) -> Moments:
-    """`batch_moments` of arguments that were checked."""
-    batch = _local_moments(x, mask, features)
+) -> tuple[Moments, jax.Array]:
+    """`batch_moments` of arguments that were checked, and the low part of the mean."""
+    batch, mean_low = _local_moments(x, mask, features)
     if axis_name is not None:
         index = _devices.position(axis_name)
-        batch = _merge(_devices.gather(to_rows(batch), axis_name, groups, index))
+        batch, mean_low = _merge(
+            _devices.gather(to_rows(batch), axis_name, groups, index)
+        )
     # So that a remat policy can keep these vectors, and recompute all that is large.
-    return Moments(
+    batch = Moments(
         batch.num_elements,
         checkpoint_name(batch.mean, "batch_norm_mean"),
         checkpoint_name(batch.var, "batch_norm_var"),
     )
+    return batch, checkpoint_name(mean_low, "batch_norm_mean")
 
 
 def _local_moments(
     x: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
-) -> Moments:
+) -> tuple[Moments, jax.Array]:
     reduced = _shapes.reduction_axes(features, x.ndim)
     dtype = _shapes.accumulation_dtype(x.dtype)
     num_elements = _count(x, mask, features)
     divisor = jnp.maximum(num_elements, 1)
     total = zero_masked(x.astype(dtype), mask).sum(reduced)
-    # The second pass takes x behind a barrier: XLA:CPU would write out a float32 copy
-    # of a bfloat16 x, for both passes to share.
-    x, mean = apart_on_cpu(x, total / divisor.astype(dtype))
-    squares = abs_squared(centered(x, mean, mask, features))
-    return Moments(num_elements, mean, squares.sum(reduced) / divisor)
+
+    mean = total / divisor.astype(dtype)
+    var = sum_of_squares(x, mean, mask, features) / divisor
+    mean, var, mean_low = corrected(x, mean, var, divisor, mask, features)
+    return Moments(num_elements, mean, var), mean_low
 
 
 def _count(
@@ -178,8 +183,11 @@ def from_rows(rows: jax.Array) -> Moments:
     return Moments(rows[0].real, rows[1], rows[2].real)
 
 
-def _merge(rows: jax.Array) -> Moments:
-    """Moments of the union, from `to_rows` of disjoint parts stacked in front."""
+def _merge(rows: jax.Array) -> tuple[Moments, jax.Array]:
+    """Moments of the union, from `to_rows` of disjoint parts stacked in front.
+
+    And the low part of the mean, as if the means of the parts were exact.
+    """
     num_elements, mean, var = jax.vmap(from_rows)(rows)
     total = num_elements.sum(0, keepdims=True)
     weight = num_elements / jnp.maximum(total, 1)
@@ -187,31 +195,12 @@ def _merge(rows: jax.Array) -> Moments:
     rough = _weighted_sum(weight, mean)
     # The rounding error of a weighted mean is of the size of the mean; that of this
     # correction, of the size of the differences.
-    merged = rough + _weighted_sum(weight, mean - rough)
+    offset = _weighted_sum(weight, mean - rough)
+    merged = rough + offset
     var = jnp.where(num_elements > 0, var + abs_squared(mean - merged), 0)
-    return Moments(total[0], merged[0], _weighted_sum(weight, var)[0])
+    mean_low = offset - (merged - rough)
+    return Moments(total[0], merged[0], _weighted_sum(weight, var)[0]), mean_low[0]
 
 
 def _weighted_sum(weight: jax.Array, values: jax.Array) -> jax.Array:
     return (weight.astype(values.dtype) * values).sum(0, keepdims=True)
-
-
-def centered(
-    x: jax.Array, mean: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
-) -> jax.Array:
-    """X - mean in the accumulation dtype, 0 where the mask is False."""
-    dtype = _shapes.accumulation_dtype(x.dtype)
-    mean = _shapes.expand(mean.astype(dtype), features, x.ndim)
-    return zero_masked(x.astype(dtype) - mean, mask)
-
-
-def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """X with zeros where the mask is False; before any product, as 0 * NaN is NaN."""
-    return x if mask is None else jnp.where(mask, x, 0)
-
-
-def abs_squared(x: jax.Array) -> jax.Array:
-    """|x|^2, real, and differentiable at 0 for complex x too."""
-    if jnp.iscomplexobj(x):
-        return lax.square(x.real) + lax.square(x.imag)
-    return lax.square(x)

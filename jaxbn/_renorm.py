@@ -169,7 +169,7 @@ def renormalize(
     d_max: Limit,
 ) -> tuple[jax.Array, Moments]:
     """A `Normalize`: the kernel with scale r and bias + scale d."""
-    batch = moments(x, mask, config.features, config.axis_name, config.groups)
+    batch, _ = moments(x, mask, config.features, config.axis_name, config.groups)
     batch, state = lax.stop_gradient((batch, state))
     dtype = _shapes.accumulation_dtype(x.dtype)
     rstd = _affine.rstd_of(state.var, config.epsilon, dtype)

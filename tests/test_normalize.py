@@ -275,6 +275,7 @@ def sizes_touched(fn, x, *rest):
     return compiled.cost_analysis()["bytes accessed"] / x.nbytes
 
 
+@pytest.mark.usefixtures("near")
 def test_traffic_of_a_training_step():
     """Array sizes that one program moves on XLA:CPU; 8 is the least there can be."""
     x = jnp.ones((65536, 64), jnp.float32)

@@ -1,0 +1,146 @@
+"""Means far from 0 for their standard deviation: nothing is lost to their rounding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import assert_close
+
+import jaxbn
+
+FEATURES = 4
+
+
+def draw(ratio, rows=100, dtype=np.float32, seed=0):
+    """(x, dy, scale), x with mean `ratio` and standard deviation 1."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(rows, FEATURES)) + ratio).astype(dtype)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    return x, dy, rng.uniform(0.5, 2, FEATURES).astype(np.float32)
+
+
+def both(x, scale, dy, **kwargs):
+    y, cache = jaxbn.forward(x, scale, jnp.zeros_like(scale), **kwargs)
+    return y, *jaxbn.backward(dy, cache)
+
+
+def desired(x, scale, dy, mask=None):
+    x, scale, dy = (np.float64(a) for a in (x, scale, dy))
+    y = oracle.forward(x, scale, np.zeros(FEATURES), mask=mask)
+    return y, *oracle.backward(dy, x, scale, mask=mask)
+
+
+def assert_all_close(got, wanted, rows):
+    for a, b in zip(got, wanted, strict=True):
+        assert_close(a, b, jnp.float32, rows)
+
+
+@pytest.mark.parametrize("rows", [4, 100, 1000])
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_as_exact_as_near_zero(rows, ratio, masked):
+    x, dy, scale = draw(ratio, rows)
+    mask = np.arange(rows)[:, None] != 2 if masked else None
+    got = jax.jit(both)(x, scale, dy, mask=mask)
+    assert_all_close(got, desired(x, scale, dy, mask), rows)
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_moments(ratio):
+    x, *_ = draw(ratio)
+    _, mean, var = jax.jit(jaxbn.batch_moments)(x)
+    _, exact_mean, exact_var = oracle.moments(np.float64(x))
+    np.testing.assert_allclose(mean, exact_mean, rtol=6e-8)  # rounded once
+    assert_close(var, exact_var, jnp.float32, len(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [3, 10, 1000])
+def test_constant_features_are_nothing(dtype, rows):
+    """Where the mean's rounding alone would be y = 0.3."""
+    x = jnp.full((rows, FEATURES), 10000.1, dtype)
+    dy = jax.random.normal(jax.random.key(0), x.shape, dtype)
+    y, _, dscale, _ = jax.jit(both)(x, jnp.ones(FEATURES), dy)
+    np.testing.assert_allclose(np.float64(y), 0, atol=1e-6)
+    np.testing.assert_allclose(dscale, 0, atol=1e-6 * rows)
+    _, mean, var = jaxbn.batch_moments(x)
+    np.testing.assert_array_equal(mean, np.float32(x[0]))
+    np.testing.assert_array_equal(var, 0)
+
+
+def test_one_far_feature_of_many():
+    x, dy, scale = draw(0)
+    x[:, 1] += 1e5
+    got = jax.jit(both)(x, scale, dy)
+    assert_all_close(got, desired(x, scale, dy), len(x))
+
+
+@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
+def test_gradients_of_batch_norm(derivative):
+    x, dy, scale = draw(1e5)
+    state = jaxbn.init(FEATURES)[1]
+
+    def loss(x, scale):
+        params = jaxbn.Params(scale, jnp.zeros_like(scale))
+        y, _ = jaxbn.batch_norm(x, params, state, train=True, derivative=derivative)
+        return (y * dy).sum()
+
+    got = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
+    assert_all_close(got, desired(x, scale, dy)[1:3], len(x))
+
+
+def test_second_derivatives():
+    """Those of the same data about 0: a batch norm does not see a shift."""
+    x, dy, scale = draw(0, rows=6)
+
+    def loss(x, shift):
+        y = both(x + shift, scale, dy)[0]
+        return (y**3 * dy).sum()
+
+    shift = np.float32(2**12)
+    near = jax.jit(jax.hessian(loss))((x + shift) - shift, 0.0)
+    far = jax.jit(jax.hessian(loss))(x, shift)
+    # The rounding of the mean is no part of the rule's own derivative.
+    size, rounding = abs(near).max(), shift * jnp.finfo(jnp.float32).eps
+    np.testing.assert_allclose(far, near, rtol=0, atol=rounding * size)
+
+
+def test_vmap_is_a_loop():
+    stacked = [np.stack(a) for a in zip(*map(draw, (0.0, 1e5, 1e2)), strict=True)]
+    got = jax.jit(jax.vmap(both))(stacked[0], stacked[2], stacked[1])
+    for i, ratio in enumerate((0.0, 1e5, 1e2)):
+        x, dy, scale = draw(ratio)
+        assert_all_close([a[i] for a in got], desired(x, scale, dy), len(x))
+
+
+def test_vmap_over_masks_alone():
+    x, dy, scale = draw(1e5)
+    masks = np.arange(100)[:, None] < np.array([50, 90])[:, None, None]
+    got = jax.jit(jax.vmap(lambda mask: both(x, scale, dy, mask=mask)))(masks)
+    for i, mask in enumerate(masks):
+        assert_all_close([a[i] for a in got], desired(x, scale, dy, mask), len(x))
+
+
+def test_complex():
+    x, dy, scale = draw(1e4)
+    x = x + 1j * draw(-1e4, seed=1)[0]
+    exact = np.complex128(x)
+    y, *_ = jax.jit(both)(x.astype(np.complex64), scale, dy.astype(np.complex64))
+    assert_close(y, oracle.forward(exact, scale, np.zeros(FEATURES)), jnp.float32, 100)
+
+
+def test_overflow_stays_overflow():
+    x, *_ = draw(1e6)
+    _, _, var = jax.jit(jaxbn.batch_moments)(x * np.float32(1e20))
+    assert np.isinf(var).all()
+
+
+def test_two_reads_in_a_branch():
+    x = jnp.ones((65536, 64))
+    step = functools.partial(both, dy=x)
+    compiled = jax.jit(step).lower(x, jnp.ones(64)).compile()
+    assert " conditional(" in compiled.as_text()
+    assert compiled.cost_analysis()["bytes accessed"] / x.nbytes <= 12.1
