@@ -54,7 +54,8 @@ def init(
 
     Raises:
         ValueError: A number of features is negative.
-        TypeError: `num_features` is not made of ints, or `param_dtype` is not inexact.
+        TypeError: `num_features` is not made of ints, `use_scale` or `use_bias` is no
+            Python bool, or `param_dtype` is not inexact.
 
     Examples:
         >>> import jaxbn
@@ -64,9 +65,11 @@ def init(
     """
     shape = _shapes.check_num_features(num_features)
     dtype = _shapes.check_inexact("param_dtype", param_dtype)
+    scaled = _shapes.check_static_bool("use_scale", use_scale)
+    shifted = _shapes.check_static_bool("use_bias", use_bias)
     params = Params(
-        jnp.ones(shape, _shapes.real_dtype(dtype)) if use_scale else None,
-        jnp.zeros(shape, dtype) if use_bias else None,
+        jnp.ones(shape, _shapes.real_dtype(dtype)) if scaled else None,
+        jnp.zeros(shape, dtype) if shifted else None,
     )
     return params, _running.new_state(shape, _shapes.accumulation_dtype(dtype))
 

@@ -85,6 +85,7 @@ def ghost_batch_norm(
     """
     x = _shapes.check_x(x)
     train = _shapes.check_static_bool("train", train)
+    size = _check_size(ghost_batch_size)
     return apply_batch_norm(
         x,
         params,
@@ -99,14 +100,13 @@ def ghost_batch_norm(
         running_variance=running_variance,
         debias=debias,
         derivative=derivative,
-        **(as_ghosts(x, axis, ghost_batch_size) if train else {}),
+        **(as_ghosts(x, axis, size) if train else {}),
     )
 
 
 def as_ghosts(x: jax.Array, axis: _shapes.Axis, size: Any) -> dict[str, Any]:
     """The arguments that make `apply_batch_norm` split the rows of x."""
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"`ghost_batch_size` must be an int; got {size!r}")
+    size = _check_size(size)
     if 0 in _shapes.feature_axes(axis, x.ndim):
         raise ValueError(
             "`axis` must leave axis 0 of x to the batch, which is split into ghost "
@@ -119,6 +119,13 @@ def as_ghosts(x: jax.Array, axis: _shapes.Axis, size: Any) -> dict[str, Any]:
         )
     normalize = functools.partial(normalize_ghosts, size=size)
     return {"normalize": normalize, "ghost_batch_size": size}
+
+
+def _check_size(size: Any) -> int:
+    """`size` as a Python int; whether it divides the batch, inference need not know."""
+    if not _shapes.is_int(size):
+        raise TypeError(f"`ghost_batch_size` must be an int; got {size!r}")
+    return int(size)
 
 
 def normalize_ghosts(

@@ -88,7 +88,7 @@ class Measurement(_measure.Measurement):
     ) -> dict[Path, Moments]:
         """Calls a copy of the model, and returns what was recorded, by path."""
         model = nnx.merge(self.graphdef, variables)
-        norms = _batch_norms(model)
+        norms = batch_norms(model)
         for path, norm in norms.items():
             norm.recorded = Recorded(recording, path, norm.mean[...])
         model(*args, **kwargs, **self.call_kwargs)
@@ -97,7 +97,7 @@ class Measurement(_measure.Measurement):
     def replace(self, variables: Any, moments: dict[Path, Moments]) -> Any:
         """`variables` with means and variances from `moments`."""
         model = nnx.merge(self.graphdef, variables, copy=True)
-        norms = _batch_norms(model)
+        norms = batch_norms(model)
         for path, new in moments.items():
             norm = norms[path]
             mean, var = _measure.statistics(new, norm.mean[...], norm.var[...])
@@ -143,6 +143,7 @@ class Recorded(nnx.Module):
         self.var.set_value(var)
 
 
-def _batch_norms(model: nnx.Module) -> dict[Path, Any]:
+def batch_norms(model: nnx.Module) -> dict[Path, Any]:
+    """Those of jaxbn, each by its first path."""
     modules = nnx.iter_modules(model)
     return {path: module for path, module in modules if isinstance(module, PlainRules)}

@@ -26,6 +26,9 @@ def ramp_r_max(num_updates: jax.Array) -> jax.Array:
     Args:
         num_updates: Of any shape, as in `jaxbn.State`.
 
+    Raises:
+        TypeError: `num_updates` is not made of real numbers.
+
     Examples:
         >>> import jax.numpy as jnp, jaxbn
         >>> print(jaxbn.ramp_r_max(jnp.array([0, 5000, 22500, 99999])))
@@ -42,6 +45,9 @@ def ramp_d_max(num_updates: jax.Array) -> jax.Array:
     Args:
         num_updates: Of any shape, as in `jaxbn.State`.
 
+    Raises:
+        TypeError: `num_updates` is not made of real numbers.
+
     Examples:
         >>> import jax.numpy as jnp, jaxbn
         >>> print(jaxbn.ramp_d_max(jnp.array([0, 5000, 15000, 99999])))
@@ -53,7 +59,7 @@ def ramp_d_max(num_updates: jax.Array) -> jax.Array:
 
 
 def _ramp(num_updates: jax.Array, begin: int, end: int) -> jax.Array:
-    t = jnp.asarray(num_updates).astype(jnp.float32)
+    t = _real("num_updates", num_updates).astype(jnp.float32)
     return jnp.clip((t - begin) / (end - begin), 0, 1)
 
 
@@ -105,9 +111,10 @@ def batch_renorm(
         y, with x's shape and dtype, and the new state, updated as by `batch_norm`.
 
     Raises:
-        ValueError: `r_max` is a number below 1, `d_max` one below 0, or as for
+        ValueError: `r_max` is a number below 1, `d_max` one below 0, one of them does
+            not broadcast to the features, or as for `batch_norm`.
+        TypeError: `r_max` or `d_max` is not made of real numbers, or as for
             `batch_norm`.
-        TypeError: As for `batch_norm`.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -149,11 +156,33 @@ def as_renorm(r_max: Limit, d_max: Limit) -> dict[str, Any]:
 
 def check_limit(name: str, limit: Limit, least: int) -> Limit:
     """`limit` as it came; a number in it that is too small is refused."""
-    if callable(limit) or isinstance(limit, Tracer):
+    if callable(limit):
         return limit
-    if not np.all(np.asarray(limit) >= least):
+    _real(name, limit)
+    # `limit` itself: under jit the array of a number is a tracer.
+    if not isinstance(limit, Tracer) and not np.all(np.asarray(limit) >= least):
         raise ValueError(f"`{name}` must be at least {least}; got {limit}")
     return limit
+
+
+def _limit_now(
+    name: str, limit: Limit, num_updates: jax.Array, like: jax.Array
+) -> jax.Array:
+    """`limit` after `num_updates`, in the dtype of `like`, to which it broadcasts."""
+    value = _real(name, limit(num_updates) if callable(limit) else limit)
+    if not _shapes.broadcasts(value.shape, like.shape):
+        raise ValueError(
+            f"`{name}` must broadcast to the features {like.shape}; got {value.shape}"
+        )
+    return jnp.broadcast_to(value.astype(like.dtype), like.shape)
+
+
+def _real(name: str, value: Any) -> jax.Array:
+    """`value` as an array of real numbers."""
+    array = _shapes.as_array(name, value)
+    if jnp.iscomplexobj(array) or array.dtype == jnp.bool_:
+        raise TypeError(f"`{name}` must be real numbers; got dtype {array.dtype}")
+    return array
 
 
 def renormalize(
@@ -176,15 +205,12 @@ def renormalize(
     r = rstd / _affine.rstd_of(batch.var, config.epsilon, dtype)
     d = (batch.mean - _affine.cast(state.mean, dtype)) * rstd
 
-    def limit(value: Limit) -> jax.Array:
-        value = value(state.num_updates) if callable(value) else value
-        return jnp.asarray(value).astype(r.real.dtype)
-
-    largest, furthest = limit(r_max), limit(d_max)
-    tiny = jnp.finfo(r.real.dtype).tiny
+    largest = _limit_now("r_max", r_max, state.num_updates, r.real)
+    furthest = _limit_now("d_max", d_max, state.num_updates, r.real)
     r = jnp.clip(r.real, 1 / largest, largest).astype(dtype)
     # By its length, as d is complex where x is; the same as a clip where d is real.
-    d = d * (furthest / jnp.maximum(jnp.maximum(abs(d), furthest), tiny)).astype(dtype)
+    length = jnp.maximum(abs(d), jnp.finfo(r.real.dtype).tiny)
+    d = d * jnp.where(length > furthest, furthest / length, 1).astype(dtype)
     scale = jnp.ones_like(r) if scale is None else _affine.cast(scale, dtype)
     shift = scale * d
     bias = shift if bias is None else _affine.cast(bias, dtype) + shift

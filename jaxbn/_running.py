@@ -48,8 +48,9 @@ def update_state(
         The new state; as it was where nothing was counted or something is not finite.
 
     Raises:
-        ValueError: `momentum` is outside [0, 1], or `running_variance` no known word.
-        TypeError: `debias` is not a Python bool.
+        ValueError: The shapes of `state` and `moments` differ, `momentum` is outside
+            [0, 1], or `running_variance` no known word.
+        TypeError: `state` or `moments` is something else, or `debias` no Python bool.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -60,9 +61,11 @@ def update_state(
         >>> jaxbn.update_state(jaxbn.init(1)[1], moments, momentum=0.5).mean
         Array([2.], dtype=float32)
     """
+    moments = _check_moments(moments)
+    features = tuple(range(moments.mean.ndim))
     return update(
-        state,
-        Moments(*(jnp.asarray(m)[None] for m in moments)),
+        check_state(state, moments.mean, features, "`moments.mean`"),
+        Moments(*(m[None] for m in moments)),
         momentum=_shapes.check_momentum(momentum),
         running_variance=check_running_variance(running_variance),
         debias=_shapes.check_static_bool("debias", debias),
@@ -145,7 +148,7 @@ def _shares(
     taken = _all_features(took).astype(jnp.float32)
     t = num_updates.astype(jnp.float32) + lax.cumsum(taken) - taken
     keep = t / (t + 1)  # the average of all so far
-    if debias:
+    if momentum is not None:
         keep = jnp.minimum(jnp.asarray(momentum, keep.dtype), keep)
     return keep, 1 - keep
 
@@ -154,26 +157,53 @@ def _all_features(took: jax.Array) -> jax.Array:
     return jnp.all(took, axis=tuple(range(1, took.ndim)), keepdims=True)
 
 
-def check_state(state: Any, x: jax.Array, features: tuple[int, ...]) -> State:
+def check_state(
+    state: Any, x: jax.Array, features: tuple[int, ...], x_name: str = "x"
+) -> State:
     """`state` with arrays that fit x, so that its dtypes can be kept."""
     if not isinstance(state, State):
         raise TypeError(f"`state` must be a jaxbn.State; got {type(state).__name__}")
-    mean = _shapes.check_per_feature("state.mean", state.mean, x, features)
-    var = _shapes.check_per_feature("state.var", state.var, x, features)
+    mean, var = (
+        _shapes.check_per_feature(f"state.{name}", value, x, features, x_name)
+        for name, value in (("mean", state.mean), ("var", state.var))
+    )
     if mean is None or var is None:
         raise TypeError("`state.mean` and `state.var` must be arrays; got None")
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
         raise TypeError(
-            f"`state.mean` must be complex for x of dtype {x.dtype}; got {mean.dtype} "
-            "(jaxbn.init(..., param_dtype=jnp.complex64) makes it so)"
+            f"`state.mean` must be complex for {x_name} of dtype {x.dtype}; got "
+            f"{mean.dtype} (jaxbn.init(..., param_dtype=jnp.complex64) makes it so)"
         )
-    num_updates = jnp.asarray(state.num_updates)
-    if num_updates.shape != () or not jnp.issubdtype(num_updates.dtype, jnp.integer):
+    num_updates = _shapes.as_array("state.num_updates", state.num_updates)
+    if num_updates.shape != () or num_updates.dtype not in (jnp.int32, jnp.int64):
         raise TypeError(
             "`state.num_updates` must be an int32 scalar; got "
             f"{num_updates.dtype} of shape {num_updates.shape}"
         )
     return State(mean, var, num_updates)
+
+
+def _check_moments(moments: Any) -> Moments:
+    """`moments` with arrays that fit each other."""
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"`moments` must be a jaxbn.Moments; got {type(moments).__name__}"
+        )
+    num_elements, mean, var = (
+        _shapes.as_array(f"moments.{name}", value)
+        for name, value in moments._asdict().items()
+    )
+    shapes = num_elements.shape, mean.shape, var.shape
+    if var.shape != mean.shape or num_elements.shape not in ((), mean.shape):
+        raise ValueError(
+            "`moments` must have a mean and a var of one shape, and num_elements of "
+            f"that or a scalar; got num_elements, mean and var of shapes {shapes}"
+        )
+    if not jnp.issubdtype(mean.dtype, jnp.inexact):
+        raise TypeError(
+            f"`moments.mean` must be floating point or complex; got dtype {mean.dtype}"
+        )
+    return Moments(num_elements, mean, var)
 
 
 def new_state(shape: tuple[int, ...], dtype: Any) -> State:

@@ -30,8 +30,10 @@ def real_dtype(dtype: DTypeLike) -> Any:
 
 def feature_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     """`axis` as ascending non-negative numbers."""
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    if not all(isinstance(i, int | np.integer) for i in axes) or isinstance(axis, str):
+    axes: tuple[Any, ...] = (axis,)
+    if isinstance(axis, Iterable) and getattr(axis, "ndim", 1) > 0:
+        axes = tuple(axis)
+    if isinstance(axis, str | bytes) or not all(map(is_int, axes)):
         raise TypeError(f"`axis` must be an int or a tuple of ints; got {axis!r}")
     if not all(-ndim <= i < ndim for i in axes):
         raise ValueError(
@@ -57,9 +59,24 @@ def expand(per_feature: jax.Array, features: tuple[int, ...], ndim: int) -> jax.
     return jnp.expand_dims(per_feature, reduction_axes(features, ndim))
 
 
+def is_int(value: Any) -> bool:
+    """Whether `value` is an int of Python or NumPy; a bool is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """`value` as an array; what JAX makes none of is refused by the argument's name."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be an array of numbers; got {type(value).__name__}"
+        ) from error
+
+
 def check_x(x: Any) -> jax.Array:
     """The input as an array of inexact numbers with at least one axis."""
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"`x` must be floating point or complex; got dtype {x.dtype}")
     if x.ndim == 0:
@@ -68,26 +85,26 @@ def check_x(x: Any) -> jax.Array:
 
 
 def check_per_feature(
-    name: str, value: Any, x: jax.Array, features: tuple[int, ...]
+    name: str, value: Any, x: jax.Array, features: tuple[int, ...], x_name: str = "x"
 ) -> jax.Array | None:
     """`value` (None stays None) as an array with one entry per feature of x."""
     if value is None:
         return None
-    value = jnp.asarray(value)
+    value = as_array(name, value)
     needed = tuple(x.shape[i] for i in features)
     if value.shape != needed:
         on = (
             f"axis {features[0] - x.ndim}" if len(features) == 1 else f"axes {features}"
         )
         raise ValueError(
-            f"`{name}` must have shape {needed}, one entry per feature on {on} of x "
-            f"with shape {x.shape}; got {value.shape}"
+            f"`{name}` must have shape {needed}, one entry per feature on {on} of "
+            f"{x_name} with shape {x.shape}; got {value.shape}"
         )
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise TypeError(f"`{name}` must be floating point; got dtype {value.dtype}")
     if jnp.iscomplexobj(value) and (name == "var" or not jnp.iscomplexobj(x)):
         raise TypeError(
-            f"`{name}` must be real for x of dtype {x.dtype}; got {value.dtype}"
+            f"`{name}` must be real for {x_name} of dtype {x.dtype}; got {value.dtype}"
         )
     return value
 
@@ -96,7 +113,7 @@ def check_mask(mask: Any, x: jax.Array) -> jax.Array | None:
     """`mask` (None stays None) as a boolean array of x's rank that broadcasts to x."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = as_array("mask", mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(
             f"`mask` must be boolean, True where an element counts; got dtype "
@@ -123,13 +140,14 @@ def row_mask_hint(mask: jax.Array) -> str:
 
 def check_number(name: str, value: Any) -> float:
     """`value` as a Python float; a tracer is refused."""
-    if isinstance(value, Tracer | bool | str):
+    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_
+    if is_bool or isinstance(value, Tracer | str | bytes):
         raise TypeError(
             f"`{name}` must be a Python number, known when tracing; got {value!r}"
         )
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"`{name}` must be a number; got {value!r}") from None
 
 
@@ -195,9 +213,9 @@ def check_count(
 
 def check_num_features(num_features: Any) -> tuple[int, ...]:
     """`num_features`, an int or a sequence of them, as a tuple."""
-    many = isinstance(num_features, Sequence)
+    many = isinstance(num_features, Sequence) and not isinstance(num_features, bytes)
     shape: tuple[Any, ...] = tuple(num_features) if many else (num_features,)
-    if not all(isinstance(n, int | np.integer) for n in shape):
+    if not all(map(is_int, shape)) or isinstance(num_features, str):
         raise TypeError(
             f"`num_features` must be an int or a tuple of ints; got {num_features!r}"
         )
@@ -208,7 +226,11 @@ def check_num_features(num_features: Any) -> tuple[int, ...]:
 
 def check_inexact(name: str, dtype: Any) -> Any:
     """`dtype`, floating point or complex, as JAX's configuration has it."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    try:
+        dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+        is_inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    except (TypeError, ValueError):
+        is_inexact = False
+    if not is_inexact:
         raise TypeError(f"`{name}` must be floating point or complex; got {dtype}")
     return dtype

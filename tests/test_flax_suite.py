@@ -14,35 +14,43 @@ import pytest
 import jaxbn
 
 # A pytest plugin: imported before Flax's test modules are, and so before they say
-# `nn.BatchNorm`. It counts constructions, to show that they got our class.
+# `nn.BatchNorm`. It counts constructions, to show that they got our classes.
 PLUGIN = """
 import functools
 import sys
 
-import flax.{api}
+import flax.linen
+import flax.nnx
+import jaxbn.linen
+import jaxbn.nnx
 import pytest
-from jaxbn.{api} import BatchNorm
 
-constructed = 0
-init = BatchNorm.__init__
+constructed = {"linen": 0, "nnx": 0}
 
 
-@functools.wraps(init)
-def counting(self, *args, **kwargs):
-    global constructed
-    constructed += 1
-    init(self, *args, **kwargs)
+def put_in_place(flax_api, our_api, name):
+    ours = our_api.BatchNorm
+    init = ours.__init__
+
+    @functools.wraps(init)
+    def counting(self, *args, **kwargs):
+        constructed[name] += 1
+        init(self, *args, **kwargs)
+
+    ours.__init__ = counting
+    home = sys.modules[flax_api.BatchNorm.__module__]
+    flax_api.BatchNorm = home.BatchNorm = ours
 
 
-BatchNorm.__init__ = counting
-home = sys.modules[flax.{api}.BatchNorm.__module__]
-flax.{api}.BatchNorm = home.BatchNorm = BatchNorm
+put_in_place(flax.linen, jaxbn.linen, "linen")
+put_in_place(flax.nnx, jaxbn.nnx, "nnx")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def report(record_testsuite_property):
     yield
-    record_testsuite_property("constructed", constructed)
+    for name, number in constructed.items():
+        record_testsuite_property(name, number)
 """
 
 
@@ -51,6 +59,7 @@ class Suite(NamedTuple):
     files: tuple[str, ...]
     keyword: str
     num_tests: int  # at least; counted with Flax 0.12.8 and 0.12.12
+    cannot_pass: frozenset[str] = frozenset()
 
 
 LINEN = Suite(
@@ -58,6 +67,29 @@ LINEN = Suite(
     files=("linen_test.py", "summary_test.py", "linen_transforms_test.py"),
     keyword="batch_norm or batchnorm or BatchNorm or summary",
     num_tests=22,
+)
+NNX = Suite(
+    api="nnx",
+    files=(
+        "nn/normalization_test.py",
+        *(
+            f"{name}_test.py"
+            for name in (
+                "integration",
+                "module",
+                "transforms",
+                "graph_utils",
+                "summary",
+                "helpers",
+            )
+        ),
+        "bridge/wrappers_test.py",
+    ),
+    keyword="",
+    num_tests=900,
+    # Trains on batches of one element per feature, and asserts that the running mean
+    # moves: with it the running variance would decay towards 0.
+    cannot_pass=frozenset({"test_state_axes_simple_functional"}),
 )
 
 
@@ -73,13 +105,16 @@ def flax_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.drop_in
-@pytest.mark.parametrize("suite", [LINEN], ids=lambda suite: suite.api)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("suite", [LINEN, NNX], ids=lambda suite: suite.api)
 def test_flax_tests_pass(suite: Suite, flax_tests: Path, tmp_path: Path) -> None:
-    (tmp_path / "drop_in_plugin.py").write_text(PLUGIN.format(api=suite.api))
+    (tmp_path / "drop_in_plugin.py").write_text(PLUGIN)
     report = tmp_path / "report.xml"
     path = [str(tmp_path), str(Path(jaxbn.__file__).parents[1])]
     path += filter(None, [os.environ.get("PYTHONPATH")])
     options = ["-p", "drop_in_plugin", "-k", suite.keyword, f"--junit-xml={report}"]
+    # Flax makes errors of warnings; some of its models see a batch of one on the way.
+    options += ["-W", "ignore:training needs more than one element"]
     files = [flax_tests / suite.api / file for file in suite.files]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
@@ -89,11 +124,12 @@ def test_flax_tests_pass(suite: Suite, flax_tests: Path, tmp_path: Path) -> None
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert ran.returncode == 0, ran.stdout
-
     results = ElementTree.parse(report)
-    passed = [case for case in results.iter("testcase") if len(case) == 0]
-    assert len(passed) >= suite.num_tests, ran.stdout
-    (constructed,) = results.iter("property")
-    assert constructed.get("name") == "constructed"
-    assert int(constructed.get("value", 0)) > 0
+    cases = {True: [], False: []}
+    for case in results.iter("testcase"):
+        if case.find("skipped") is None:
+            cases[len(case) == 0].append(case.get("name", "").rstrip("0123456789"))
+    assert set(cases[False]) <= suite.cannot_pass, ran.stdout
+    assert len(cases[True]) >= suite.num_tests, ran.stdout
+    constructed = {p.get("name"): p.get("value", "") for p in results.iter("property")}
+    assert int(constructed[suite.api]) > 0

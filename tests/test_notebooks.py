@@ -49,8 +49,14 @@ def execute(notebook, folder=FOLDER):
         )
         env |= {"JAX_PLATFORMS": "cpu", "IPYTHONDIR": scratch}
         where = {"metadata": {"path": str(folder)}}
-        options = {"km": manager, "timeout": 240, "record_timing": False}
-        client = NotebookClient(notebook, resources=where, **options)
+        client = NotebookClient(
+            notebook,
+            km=manager,
+            resources=where,
+            timeout=240,
+            record_timing=False,  # seconds would differ from run to run, and so would
+            coalesce_streams=True,  # where printed text is cut into pieces
+        )
         client.execute(env=env, cleanup_kc=True)
     return notebook
 

@@ -1,0 +1,68 @@
+"""Inspection of NNX models: which batch norm is unwell, and in which way."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+
+from jaxbn._inspect import LayerStatistics, _double, _usable
+from jaxbn._moments import Moments
+from jaxbn._recalibrate_nnx import Measurement, batch_norms
+
+
+def inspect_statistics(
+    model: nnx.Module, batches: Iterable[Any] | None = None, **call_kwargs: Any
+) -> list[LayerStatistics]:
+    """Looks at every batch norm of an NNX model, and with data finds the spoiled one.
+
+    As `jaxbn.linen.inspect_statistics`, with the epsilon of each layer. The model stays
+    as it is.
+
+    Args:
+        model: An NNX module whose batch norms are those of jaxbn.
+        batches: As for `recalibrate`, or None.
+        **call_kwargs: Further arguments of the model's call.
+
+    Returns:
+        One record for each batch norm: with data the one with the largest mean
+        divergence first, without in the order of the model's attributes.
+
+    Raises:
+        ValueError: The model has no batch norm of jaxbn or calls none, or there are no
+            batches.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxbn.nnx import BatchNorm, inspect_statistics
+        >>> x = jnp.array([[-1.0, 2.0], [1.0, 4.0]])  # means 0 and 3, variance 1
+        >>> norm = BatchNorm(2, rngs=nnx.Rngs(0))  # running mean 0, variance 1
+        >>> [layer] = inspect_statistics(norm, [x])
+        >>> print(layer.kl.round(3), layer.worst_channel)
+        [0.  4.5] (1,)
+    """
+    norms = batch_norms(model)
+    if not norms:
+        raise ValueError("`model` must have a BatchNorm of jaxbn; got none")
+    moments: dict[Any, Moments] = {}
+    order = list(norms)
+    if batches is not None:
+        measure = Measurement(model, call_kwargs, use_running_average=False)
+        moments = measure.over(batches, measure.initial)
+        order.sort(key=lambda path: [*measure.depths, path].index(path))
+
+    def record(path: Any) -> LayerStatistics:
+        norm, data = norms[path], moments.get(path)
+        if data is not None:
+            data = Moments(*map(_double, data))
+        return LayerStatistics(
+            path=tuple(map(str, path)),
+            mean=_double(norm.mean[...]),
+            var=_double(norm.var[...]),
+            scale=None if norm.scale is None else _double(norm.scale[...]),
+            data=data if data is not None and _usable(data).any() else None,
+            epsilon=norm.epsilon,
+        )
+
+    # Of layers with the same divergence, the one that is called first.
+    return sorted(map(record, order), key=lambda layer: -(layer.mean_kl or 0))
