@@ -19,6 +19,10 @@ differ from device to device, while dscale and dbias stay local (`vary_together`
 JAX sum them where a parameter is replicated). For complex x, where var is real, x_hat
 in dx is conjugated and its factor is Re(a dscale).
 
+The mean comes in two parts, mean + low (`_rounding`). Passes over x subtract the first;
+what the second adds is one number per feature, and goes into bias, dscale and the
+projection on 1.
+
 The memory traffic, in sizes of x: forward 4 (mean; var; x to y), backward 6 (dbias;
 dscale from x and dy; x and dy to dx). Each of these passes takes its big operands
 through an `optimization_barrier` of its own, since XLA would take what they have in
