@@ -112,7 +112,9 @@ def update(
     keep, take = (
         jnp.where(took, share, passed).astype(real)
         for share, passed in zip(
-            _shares(state.num_updates, took, momentum, debias), (1, 0), strict=True
+            _shares(state.num_updates, took, momentum, debias, real),
+            (1, 0),
+            strict=True,
         )
     )
     after = lax.cumprod(
@@ -140,13 +142,16 @@ def update(
 
 
 def _shares(
-    num_updates: jax.Array, took: jax.Array, momentum: Any, debias: bool
+    num_updates: jax.Array, took: jax.Array, momentum: Any, debias: bool, dtype: Any
 ) -> tuple[Any, Any]:
     """In the update by each batch, the weight of the old value and that of the new."""
+    if isinstance(momentum, jax.Array):
+        # Traced: in a lesser dtype, the two weights would not add up to 1.
+        momentum = momentum.astype(dtype)
     if momentum is not None and not debias:
         return momentum, 1 - momentum
-    taken = _all_features(took).astype(jnp.float32)
-    t = num_updates.astype(jnp.float32) + lax.cumsum(taken) - taken
+    taken = _all_features(took).astype(dtype)
+    t = num_updates.astype(dtype) + lax.cumsum(taken) - taken
     keep = t / (t + 1)  # the average of all so far
     if momentum is not None:
         keep = jnp.minimum(jnp.asarray(momentum, keep.dtype), keep)
