@@ -161,7 +161,7 @@ FAULTS = {
 
 
 def run(module: str, old: str, new: str, folder: pathlib.Path) -> str:
-    """ "killed", "survived", or what is wrong with the list."""
+    """Whether it was killed, or survived, or the list is wrong."""
     copy = folder / "project"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT / "jaxbn", copy / "jaxbn")
