@@ -109,7 +109,9 @@ def batch_norm(
     debias: bool = False,
     derivative: _shapes.Derivative = "vjp",
 ) -> tuple[jax.Array, State]:
-    """Batch normalization, in training and in inference.
+    r"""Batch normalization, in training and in inference.
+
+    $$y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 
     In training x is normalized by its own moments, and the running statistics move
     towards them; in inference x is normalized by the running statistics. The document's

@@ -83,10 +83,14 @@ def batch_moments(
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of two sets of elements together, from the moments of each.
+    r"""The moments of two sets of elements together, from the moments of each.
 
     Equivalent to `batch_moments` of the concatenated data. A side that counted nothing
     leaves the other as it is; nothing on both sides gives zeros.
+
+    $$n = n_a + n_b \qquad \mu = \frac{n_a \mu_a + n_b \mu_b}{n} \qquad
+    \sigma^2 = \frac{n_a \sigma_a^2 + n_b \sigma_b^2}{n} +
+    \frac{n_a n_b}{n^2} (\mu_a - \mu_b)^2$$
 
     Args:
         a: Moments of shape `(features,)`.

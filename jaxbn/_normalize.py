@@ -68,7 +68,13 @@ def forward(
     axis: _shapes.Axis = -1,
     mask: Any = None,
 ) -> tuple[jax.Array, Cache]:
-    """The document's `batchnorm_forward` in training mode, pure.
+    r"""The document's `batchnorm_forward` in training mode, pure.
+
+    With the n elements that one feature has in the batch, γ the scale and β the bias:
+
+    $$\mu = \frac{1}{n} \sum x \qquad \sigma^2 = \frac{1}{n} \sum (x - \mu)^2 \qquad
+    \hat{x} = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \qquad
+    y = \gamma \hat{x} + \beta$$
 
     Args:
         x: Floating point or complex, of any rank >= 1.
@@ -106,7 +112,13 @@ def forward(
 def backward(
     dy: Any, cache: Cache
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The document's `batchnorm_backward`, its six steps in one (see the module).
+    r"""The document's `batchnorm_backward`, its six steps in one (see the module).
+
+    In the notation of `forward`, with sums over the batch:
+
+    $$d\beta = \sum dy \qquad d\gamma = \sum dy \, \hat{x} \qquad
+    dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left(
+    dy - \frac{d\beta}{n} - \hat{x} \, \frac{d\gamma}{n} \right)$$
 
     Args:
         dy: The cotangent of y, of its shape.

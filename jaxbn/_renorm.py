@@ -81,10 +81,14 @@ def batch_renorm(
     debias: bool = False,
     derivative: _shapes.Derivative = "vjp",
 ) -> tuple[jax.Array, State]:
-    """Batch renormalization: y = (x_hat r + d) scale + bias in training.
+    r"""Batch renormalization: y = (x_hat r + d) scale + bias in training.
 
-    r = std(batch) / std(running), clipped to [1 / r_max, r_max], and d = (mean(batch) -
-    mean(running)) / std(running), clipped to [-d_max, d_max], are constants to the
+    $$y = \gamma \left(r \, \frac{x - \mu}{\sigma} + d\right) + \beta \qquad
+    r = \frac{\sigma}{\sigma_\text{run}} \qquad
+    d = \frac{\mu - \mu_\text{run}}{\sigma_\text{run}}$$
+
+    r, the ratio of the batch's std and the running one, clipped to [1 / r_max, r_max],
+    and d, the way between their means, clipped to [-d_max, d_max], are constants to the
     gradient. Where nothing is clipped, training computes what inference computes, so
     that small batches and batches of a few classes train as large mixed ones. Equals
     `batch_norm` for r_max=1, d_max=0, and always in inference.

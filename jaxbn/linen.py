@@ -9,13 +9,21 @@ from jax.nn import initializers
 
 from jaxbn import _flax_rules, _recording, _shapes
 from jaxbn._batch_norm import Params
-from jaxbn._inspect import LayerStatistics as LayerStatistics
-from jaxbn._inspect import inspect_statistics as inspect_statistics
+from jaxbn._inspect import LayerStatistics, inspect_statistics
 from jaxbn._moments import Moments, merge_moments
-from jaxbn._recalibrate import recalibrate as recalibrate
+from jaxbn._recalibrate import recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
-from jaxbn._weight_decay import weight_decay_mask as weight_decay_mask
+from jaxbn._weight_decay import weight_decay_mask
+
+__all__ = [
+    "BatchNorm",
+    "BatchRenorm",
+    "LayerStatistics",
+    "inspect_statistics",
+    "recalibrate",
+    "weight_decay_mask",
+]
 
 
 class BatchNorm(_flax_rules.PlainRules, nn.Module):

@@ -13,13 +13,21 @@ from jax.nn import initializers
 from jaxbn import _flax_rules, _shapes
 from jaxbn._batch_norm import Params
 from jaxbn._closed_over import only_shape
-from jaxbn._inspect import LayerStatistics as LayerStatistics
-from jaxbn._inspect_nnx import inspect_statistics as inspect_statistics
-from jaxbn._recalibrate_nnx import Recorded
-from jaxbn._recalibrate_nnx import recalibrate as recalibrate
+from jaxbn._inspect import LayerStatistics
+from jaxbn._inspect_nnx import inspect_statistics
+from jaxbn._recalibrate_nnx import Recorded, recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
-from jaxbn._weight_decay_nnx import weight_decay_mask as weight_decay_mask
+from jaxbn._weight_decay_nnx import weight_decay_mask
+
+__all__ = [
+    "BatchNorm",
+    "BatchRenorm",
+    "LayerStatistics",
+    "inspect_statistics",
+    "recalibrate",
+    "weight_decay_mask",
+]
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
