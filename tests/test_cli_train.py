@@ -1,11 +1,9 @@
 """`python -m jaxbn train`: what it reaches, what it leaves behind, what it refuses."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,58 +13,13 @@ import jax
 import numpy as np
 import pytest
 from flax import serialization
+from runs import SHORT, checkpoints, files, metrics, refusal, start, train
 
 from jaxbn import cli
-from jaxbn.__main__ import DEMO, main
+from jaxbn.__main__ import DEMO
 from jaxbn.cli import _digits, _files
 from jaxbn.cli._settings import DEFAULTS, NORMS
 from jaxbn.cli._training import Trainer
-
-# Two networks, 2 epochs of 23 steps each: a second or two, most of it compilation.
-SHORT = ("--model", "mlp", "--norm", "jaxbn", "none", "--epochs", 2)
-
-
-def train(*flags: object) -> int:
-    return main(["train", *map(str, flags)])
-
-
-def start(code: str, *flags: object) -> subprocess.Popen[str]:
-    """`train` in a process of its own, after some code."""
-    script = f"import os, signal, sys\n{code}\nfrom jaxbn.__main__ import main\n"
-    words = [sys.executable, "-c", script + "sys.exit(main(sys.argv[1:]))", "train"]
-    return subprocess.Popen(
-        [*words, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
-    """The one line with which `train` refuses these flags."""
-    with pytest.raises(SystemExit) as caught:
-        train(*flags)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("jaxbn train: error: ")
-    assert error.count("\n") == 1
-    assert error.endswith("\n")
-    return error
-
-
-def metrics(folder: Path) -> dict:
-    def refuse(constant: str):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def checkpoints(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.msgpack")}
 
 
 @pytest.fixture(scope="module")

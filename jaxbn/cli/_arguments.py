@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
 
     def fail(self, message: str, *, status: int) -> NoReturn:
         """Exit with this code after one line on stderr."""
-        self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
+        # A file's names and words may be in it, and are not to steer the terminal.
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        self.exit(status, f"{self.prog}: error: {line}\n")
 
 
 def integer_from(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxbn._inspect import LayerStatistics, inspect_statistics
 from jaxbn.cli import _digits, _files, _inspect_report
 from jaxbn.cli._arguments import CommandError
-from jaxbn.cli._settings import Settings
+from jaxbn.cli._settings import from_checkpoint
 from jaxbn.cli._training import Network, Trainer
 
 # Those of `train --norm` that have statistics, the one to prefer first.
@@ -97,7 +97,9 @@ def inspect(path: Path) -> Inspection:
         if not isinstance(content, Mapping):
             raise ValueError(f"it holds one {type(content).__name__}, not variables")
     except Exception as error:
-        raise CommandError(f"{path} is not a Flax checkpoint: {error!r}") from error
+        # Not its `repr`, which may hold the whole file.
+        what = f"{type(error).__name__}: {error!s:.200}"
+        raise CommandError(f"{path} is not a Flax checkpoint: {what}") from error
     if {"norm", "settings", "state"} <= content.keys():
         return _of_train(path, dict(content))
     try:
@@ -115,15 +117,14 @@ def _of_train(path: Path, content: dict[str, Any]) -> Inspection:
         # wants to see what is in it.
         digest = content.pop("sha256", None)
         changed = digest != _files._digest(content)
-        norms = tuple(content["settings"]["norm"])
-        settings = Settings(**content["settings"] | {"norm": norms})
+        settings = from_checkpoint(content["settings"])
         # Our layers have the variables of Flax's, and record what they are given.
         trainer = Trainer(settings, "jaxbn")
         state = _files.restore(path, content, trainer.start()).state
     except CommandError:
         raise
     except Exception as error:
-        raise CommandError(f"{path} is not an intact checkpoint: {error!r}") from error
+        raise _files.not_intact(path, error) from error
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     digits = _digits.load()
     # In one batch: the statistics of each layer are then exactly those of the digits.

@@ -1,6 +1,7 @@
 """What a training run is a function of, and what a resumed run may change."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,29 @@ DEFAULTS = {
 # Step n is a function of these alone. A run may be resumed with more epochs or with
 # further norms: what it had done is then a part of the longer run.
 FIXED = ("model", "batch_size", "learning_rate", "seed")
+
+
+def from_checkpoint(named: Mapping[str, Any]) -> Settings:
+    """The settings that a checkpoint holds.
+
+    Raises:
+      Exception: Of any kind, where they are not ones that a run can have.
+    """
+    settings = Settings(**{**named, "norm": tuple(named["norm"])})
+    usual = dataclasses.astuple(DEFAULTS[settings.model])
+    values = dataclasses.astuple(settings)
+    if [type(value) for value in values] != [type(value) for value in usual]:
+        raise TypeError("its settings are not of the types of settings")
+    if not set(settings.norm) <= set(NORMS):
+        raise ValueError(f"its norms are not among {', '.join(NORMS)}")
+    if not (
+        settings.epochs >= 1
+        and settings.batch_size >= 2
+        and 0 < settings.learning_rate < math.inf
+        and settings.seed >= 0
+    ):
+        raise ValueError("its settings are out of range")
+    return settings
 
 
 def settle(given: Mapping[str, Any], stored: Sequence[Settings]) -> Settings:
