@@ -45,24 +45,27 @@ def stamps(folder: Path) -> dict[str, int]:
     return found
 
 
-def kill(folder: Path, flags: tuple[object, ...], wait: bool, seconds: float) -> str:
+def kill(folder: Path, flags: tuple[object, ...], changes: int, seconds: float) -> str:
     """Begin or take up a run, and kill -9 it.
 
     Args:
       folder: Of the run.
       flags: Of the run.
-      wait: Whether for a first sign of it in the folder: half of the time of a short
-        run goes by before.
+      changes: To wait for in the folder, at first: most of the time of a short run
+        goes by before the second checkpoint. Each has two, the one to its temporary
+        file and the one to its own name.
       seconds: Until it is killed, from then on.
 
     Returns:
       Where it was killed.
     """
-    before = stamps(folder)
+    before = last = stamps(folder)
     process = start("", *flags, "--resume", "--out", folder)
     try:
-        while wait and stamps(folder) == before and process.poll() is None:
-            time.sleep(0.001)
+        while changes > 0 and process.poll() is None:
+            if (now := stamps(folder)) != last:
+                last, changes = now, changes - 1
+            time.sleep(0.0002)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
     finally:
@@ -85,7 +88,7 @@ def kill_and_resume(
     folder: Path,
     flags: tuple[object, ...],
     whole: Path,
-    moments: Iterator[tuple[bool, float]],
+    moments: Iterator[tuple[int, float]],
     kills: int,
 ) -> collections.Counter[str]:
     """Kill a run until it has been killed so often; it must go on and end as `whole`.
@@ -116,29 +119,32 @@ def kill_and_resume(
 
 
 def test_killed_twice_and_resumed(short_run, tmp_path):
-    moments = iter([(True, 0.03), (True, 0.06), *99 * [(True, 0.0)]])
+    moments = iter([(4, 0.01), (5, 0.0), *99 * [(1, 0.0)]])
     kill_and_resume(tmp_path / "run", SHORT, short_run, moments, 2)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3 * 3600)
 @pytest.mark.parametrize(
-    ("flags", "seconds", "kills"),
+    ("flags", "kills"),
     [
-        (("--model", "mlp", "--norm", "jaxbn", "none", "--epochs", 150), 1.5, 50),
-        (("--model", "cnn", "--epochs", 12), 4.0, 12),
+        (("--model", "mlp", "--norm", "jaxbn", "none", "--epochs", 30), 50),
+        (("--model", "cnn", "--epochs", 12), 12),
     ],
     ids=["mlp", "cnn"],
 )
-def test_killed_at_random_moments(flags, seconds, kills, tmp_path, capsys):
+def test_killed_at_random_moments(flags, kills, tmp_path, capsys):
     """With `-s` it says where the kills fell."""
     assert train(*flags, "--out", tmp_path / "whole") == 0
     rng = np.random.default_rng()
 
-    def moments() -> Iterator[tuple[bool, float]]:
+    def moments() -> Iterator[tuple[int, float]]:
         while True:
-            wait = rng.random() < 0.85
-            yield wait, rng.uniform(0, seconds if wait else 4)
+            # At the start and while it compiles; in the writes; anywhere.
+            yield 0, rng.uniform(0, 8)
+            for _ in range(4):
+                yield int(rng.integers(1, 20)), 0.0
+                yield int(rng.integers(1, 20)), rng.uniform(0, 0.1)
 
     where = kill_and_resume(
         tmp_path / "run", flags, tmp_path / "whole", moments(), kills
