@@ -250,6 +250,10 @@ CALLS = {
         jaxbn.nnx.recalibrate,
         lambda: {"model": Nnx(), "batches": [x()]},
     ),
+    "nnx.inspect_statistics": (
+        jaxbn.nnx.inspect_statistics,
+        lambda: {"model": Nnx(), "batches": [x()]},
+    ),
     "nnx.weight_decay_mask": (
         jaxbn.nnx.weight_decay_mask,
         lambda: {"model": Nnx()},
@@ -720,13 +724,16 @@ ROWS = {
         for bad in (None, WORD, Linen)
     ],
     "linen.weight_decay_mask.x": named("x", NO_ARRAY + NONE),
-    "nnx.recalibrate.model": [
-        (bad, TypeError, "`model` must be a flax.nnx.Module; got")
-        for bad in (None, WORD, Nnx)
-    ],
-    "nnx.weight_decay_mask.model": [
-        (bad, TypeError, "`model` must be a flax.nnx.Module; got")
-        for bad in (None, WORD, Nnx)
+    **{
+        f"nnx.{function}.model": [
+            (bad, TypeError, "`model` must be a flax.nnx.Module; got")
+            for bad in (None, WORD, Nnx)
+        ]
+        for function in ("recalibrate", "inspect_statistics", "weight_decay_mask")
+    },
+    "nnx.inspect_statistics.batches": [
+        *((bad, TypeError, "`batches` must") for bad in (1, object())),
+        ([], ValueError, "`batches` must hold at least one batch; got none"),
     ],
 }
 
@@ -798,6 +805,7 @@ PENDING = {
     "nnx.BatchNorm": {"x", "mask", "param_dtype", "debias", "ghost_batch_size"},
     "nnx.BatchRenorm": {"x", "mask", "param_dtype"},
     "nnx.recalibrate": {"model", "batches", "sequential"},
+    "nnx.inspect_statistics": {"model", "batches"},
 }
 
 
@@ -879,7 +887,7 @@ CALLED = {
     short(name): thing
     for name, thing in PUBLIC.items()
     if not (isinstance(thing, type) and issubclass(thing, tuple))
-    and short(name) != "linen.LayerStatistics"  # comes out, like the tuples
+    and not name.endswith("LayerStatistics")  # comes out, like the tuples
 }
 
 

@@ -11,18 +11,20 @@ largest |x|, |x_hat| and |dy|. A sum of n numbers is off by a random walk of n
 roundings, relative to their size, which with the factor of `cases.tolerance` is
 s = 4 u sqrt(n). To first order, product by product,
 
-    mean     s A
-    var      s var + (s A)^2           an error of the mean enters squared
-    x_hat    e = s (A rstd + H)        that of the mean in units of std; that of rstd
+    mean     s A = m
+    var      v = s var + m^2           an error of the mean enters squared
+    x_hat    e = m rstd + H (s + v rstd^2 / 2)
     y        |scale| e + u |y|
     dbias    n G s
     dscale   n G (e + s H)
     dx       |scale| rstd G ((2 + H) s + e + H (e + s H))
 
-Where moments are merged (devices, `merge_moments`), the errors of the parts' means also
-enter times their distances, at most std, from that of the whole: var 2 s A std more,
-and x_hat half of that in units of var, s A rstd H. And on top comes what rounding to
-the result's own dtype adds. Two results that should agree
+Where a mean is far from 0 (`_rounding.FAR`) its low part is known: m in x_hat is then
+u s A, and m^2 in v is s m^2, what is left of two numbers of that size. (Not so the
+x_hat in dx by JAX's own differentiation, to which the low part is a constant.) Where
+moments are merged (devices, `merge_moments`), the errors of the parts' means enter
+times their distances, at most std, from that of the whole: v is 2 m std more. And on
+top comes what rounding to the result's own dtype adds. Two results that should agree
 may each be off by as much.
 """
 
@@ -42,9 +44,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import Params, State
+from jaxbn import Params, State, _rounding
 
-QUICK, LONG = 5, 800
+QUICK, LONG = 4, 800
 
 LAYOUTS = [  # of x, and the feature axes
     ((8, 3), (-1,)),
@@ -252,16 +254,20 @@ class Allowed:
         a, h, g = (self.largest(v) for v in (x, self.x_hat(x, mask, mean, rstd), dy))
         gamma = 1 if scale is None else np.abs(np.asarray(scale, np.float64))
         beta = 0 if bias is None else np.abs(np.asarray(bias, np.float64))
-        self.e = e = s * (a * rstd * (1 + merged * h) + h)
+        self.batch_mean = m = s * a
+        far = (np.abs(mean) > 2 * _rounding.FAR * np.sqrt(var)) & (not merged)
+        self.batch_var = v = s * var + np.where(far, s * m**2, m**2)
+        v += merged * 2 * m * np.sqrt(var)
+        without_low = m * rstd + h * (s + v * rstd**2 / 2)
+        self.e = e = np.where(far, u, 1) * m * rstd + h * (s + v * rstd**2 / 2)
+        e_dx = e if example.derivative == "vjp" else without_low
         rounding = float(jnp.finfo(self.dtype).eps)
-        self.batch_mean = s * a
-        self.batch_var = s * var + (s * a) ** 2 + merged * 2 * s * a * np.sqrt(var)
         largest_dx = gamma * rstd * g * (2 + h)
         self.bounds = {
             "y": gamma * e + (4 * u + rounding) * (gamma * h + beta),
             "dbias": n * g * (s + rounding),
             "dscale": n * g * (e + s * h + rounding * h),
-            "dx": gamma * rstd * g * ((2 + h) * s + e + h * (e + s * h))
+            "dx": gamma * rstd * g * ((2 + h) * s + e_dx + h * (e_dx + s * h))
             + rounding * largest_dx,
             "mean": self.batch_mean + 4 * u * (a + np.abs(state.mean)),
             "var": self.batch_var + 4 * u * (var + state.var),
