@@ -74,6 +74,7 @@ def imported(name: str) -> Any:
 # What it counts
 
 
+@pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SUITES["tiny"][:2], ids=str)
 def test_jaxbn_moves_ten_sizes_and_keeps_one(case, dtype):
@@ -101,6 +102,7 @@ def test_flax_keeps_more():
     assert program.residual_bytes >= 2 * x.nbytes
 
 
+@pytest.mark.usefixtures("near")
 def test_all_reduces_over_two_devices():
     mesh = _bench_collectives.two_devices()
     assert mesh is not None
@@ -334,9 +336,10 @@ def test_json(run):
         gradients = row["mode"] == "forward+backward" and row["contender"] != "copy"
         assert kept is not None if gradients else kept is None
     jaxbn_row = content["rows"][1]
-    assert jaxbn_row["sizes_accessed"] == pytest.approx(10, rel=0.01)
+    # 2 of them, and one all-reduce, in the branch for means that are far from 0.
+    assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
     assert jaxbn_row["over_jaxbn"] == 1
-    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == 3
+    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == 4
     means = content["geometric_means"]
     assert set(means) == {"flax-fast"}
     assert set(means["flax-fast"]) == {"forward+backward"}

@@ -32,8 +32,8 @@ def no_projection(dy, cache):
 
 
 def cancelling(x, mask, *rest):
-    n, mean, var = moments(x, mask, *rest)
-    return _moments.Moments(n, mean * (1 + 1e-4), var)
+    (n, mean, var), low = moments(x, mask, *rest)
+    return _moments.Moments(n, mean * (1 + 1e-4), var), low
 
 
 backward, moments = _normalize.backward, _normalize.moments
