@@ -25,9 +25,13 @@ class Parser(argparse.ArgumentParser):
 
     def fail(self, message: str, *, status: int) -> NoReturn:
         """Exit with this code after one line on stderr."""
-        # A file's names and words may be in it, and are not to steer the terminal.
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        line = printable(" ".join(message.split()))
         self.exit(status, f"{self.prog}: error: {line}\n")
+
+
+def printable(text: str) -> str:
+    """Text out of somebody's file, made such that it cannot steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def integer_from(low: int, high: int | None = None) -> Callable[[str], int]:

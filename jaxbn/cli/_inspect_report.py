@@ -22,6 +22,7 @@ from jaxbn._inspect import (
     Channel,
     LayerStatistics,
 )
+from jaxbn.cli._arguments import printable
 
 # Okabe & Ito's colours, which differ for the colour-blind too.
 BLUE, VERMILION, BLACK = "#0072B2", "#D55E00", "#000000"
@@ -30,6 +31,11 @@ LINES = ("--", ":")
 
 def _channel(channel: Channel | None) -> str:
     return "–" if channel is None else ", ".join(map(str, channel))
+
+
+def _name(layer: LayerStatistics) -> str:
+    """As in the file, which may be anybody's."""
+    return printable(layer.name)
 
 
 def _flagged(text: str, flagged: bool) -> Text:
@@ -58,7 +64,7 @@ def table(layers: Sequence[LayerStatistics]) -> Table:
     for i, layer in enumerate(layers):
         ratio, kl = layer.worst_mean_over_std, layer.mean_kl
         rows.add_row(
-            Text(layer.name),  # no markup
+            Text(_name(layer)),  # no markup
             str(layer.num_features),
             _flagged(str(len(layer.dead)), bool(layer.dead)),
             _flagged(str(len(layer.scale_near_zero)), bool(layer.scale_near_zero)),
@@ -82,7 +88,7 @@ def verdict(
     lines = []
     if layers[0].mean_kl is not None:
         lines.append(
-            f"worst: {layers[0].name}, whose running statistics are "
+            f"worst: {_name(layers[0])}, whose running statistics are "
             f"{layers[0].mean_kl:.3g} nats from those of the data, channel "
             f"{_channel(layers[0].worst_channel)} furthest"
         )
@@ -93,11 +99,11 @@ def verdict(
         ratio = layer.worst_mean_over_std
         if layer.not_finite:
             lines.append(
-                f"{layer.name}: running statistics not finite in "
+                f"{_name(layer)}: running statistics not finite in "
                 f"{len(layer.not_finite)} of {layer.num_features} channels"
             )
         elif lost := [name for name, limit in STD_IS_LOST.items() if ratio > limit]:
-            lines.append(f"{layer.name}: not for {' or '.join(lost)} as it is")
+            lines.append(f"{_name(layer)}: not for {' or '.join(lost)} as it is")
     return "\n".join(lines)
 
 
@@ -180,9 +186,11 @@ def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(columns, panels, strict=True):
         _draw(axes, panel, layers)
-    columns[0].set_yticks(range(len(layers)), [layer.name for layer in layers])
+    names = [_name(layer) for layer in layers]
+    columns[0].set_yticks(range(len(layers)), names, parse_math=False)
     columns[0].set_ylim(len(layers) - 0.5, -0.5)  # the first row on top
-    figure.suptitle(f"batch norms of {title}: a dot is a channel, a bar their mean")
+    title = f"batch norms of {title}: a dot is a channel, a bar their mean"
+    figure.suptitle(title, parse_math=False)  # a `$` is a `$`
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()

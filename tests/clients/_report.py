@@ -103,7 +103,9 @@ def _table(title: str, rows: list[Row]) -> Table:
     headings = sorted(headings, key=lambda heading: heading == "holds")
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading == "what" else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(*(_cell(row[h]) if h in row else "" for h in headings))
     return table

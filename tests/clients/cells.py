@@ -77,7 +77,7 @@ def rows(args: argparse.Namespace) -> Iterator[_report.Row]:
             for norm, model in models.items()
         }
         difference = abs(last["jaxbn"] / last["flax"] - 1)
-        yield {"": name, **last, "holds": difference < TRAINED_ALIKE}
+        yield {"what": name, **last, "holds": difference < TRAINED_ALIKE}
     for writer, reader in (("flax", "jaxbn"), ("jaxbn", "flax")):
         before = latent(NORMS[writer], models[writer])
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def rows(args: argparse.Namespace) -> Iterator[_report.Row]:
             after = latent(NORMS[reader], load(NORMS[reader], path, cells))
         error = float(np.abs(after - before).max() / np.abs(before).max())
         label = f"saved by {writer}: latents move by"
-        yield {"": label, reader: error, "holds": error < EQUAL}
+        yield {"what": label, reader: error, "holds": error < EQUAL}
 
 
 def main() -> int:

@@ -99,7 +99,11 @@ def layer_row(epsilon: float, *, warmup: int = 5, updates: int = 40) -> _report.
         for theirs, ours in zip(*results.values(), strict=True):
             difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
             largest = max(largest, float(difference))
-    row = {"": f"layer, epsilon {epsilon:g}: difference", "sbx": 0.0, "jaxbn": largest}
+    row = {
+        "what": f"layer, epsilon {epsilon:g}: difference",
+        "sbx": 0.0,
+        "jaxbn": largest,
+    }
     # Where the placing of epsilon cannot be seen, nothing else may be.
     return row | ({"holds": largest < 1e-9} if epsilon < 1e-9 else {})
 
@@ -133,7 +137,7 @@ def rows(args: argparse.Namespace) -> Iterator[_report.Row]:
     yield from checks
     returns = {name: [] for name in LAYERS}
     for seed in range(args.seeds):
-        row: dict[str, Any] = {"": f"return, seed {seed}"}
+        row: dict[str, Any] = {"what": f"return, seed {seed}"}
         for name, layer in LAYERS.items():
             begun = time.monotonic()
             row[name] = train(layer, seed, args)
@@ -142,7 +146,7 @@ def rows(args: argparse.Namespace) -> Iterator[_report.Row]:
         yield row
     means = {name: statistics.fmean(values) for name, values in returns.items()}
     holds = means["jaxbn"] >= means["sbx"] - MARGIN
-    yield {"": "return, mean", **means, "holds": holds}
+    yield {"what": "return, mean", **means, "holds": holds}
 
 
 def main() -> int:

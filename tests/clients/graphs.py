@@ -129,13 +129,13 @@ def rows(args: argparse.Namespace) -> Iterator[_report.Row]:
         expected, found = (getattr(each, name) for each in (theirs, ours))
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
         label = f"{name} in float64: difference"
-        yield {"": label, "jraphx": 0.0, "jaxbn": error, "holds": error < EQUAL}
+        yield {"what": label, "jraphx": 0.0, "jaxbn": error, "holds": error < EQUAL}
     for seed in range(args.seeds):
         accuracies = {
             name: train(each, seed, "float32", args.steps).accuracy
             for name, each in NORMS.items()
         }
-        yield {"": f"accuracy, seed {seed}", **accuracies}
+        yield {"what": f"accuracy, seed {seed}", **accuracies}
 
 
 def main() -> int:

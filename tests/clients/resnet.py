@@ -167,7 +167,7 @@ def variables_row(states: dict[str, State]) -> _report.Row:
     trees = {name: (state.params, state.batch_stats) for name, state in states.items()}
     same = jax.tree.map(lambda a, b: bool((a == b).all()), *trees.values())
     counts = {name: len(jax.tree.leaves(tree)) for name, tree in trees.items()}
-    return {"": "variables", **counts, "holds": jax.tree.all(same)}
+    return {"what": "variables", **counts, "holds": jax.tree.all(same)}
 
 
 def memory_rows(steps: Any, kept: Any) -> Iterator[_report.Row]:
@@ -175,9 +175,15 @@ def memory_rows(steps: Any, kept: Any) -> Iterator[_report.Row]:
         name: sum(a.size * a.dtype.itemsize for a in arrays)
         for name, arrays in kept.items()
     }
-    yield {"": "residuals, MB", **{name: size / 1e6 for name, size in sizes.items()}}
+    yield {
+        "what": "residuals, MB",
+        **{name: size / 1e6 for name, size in sizes.items()},
+    }
     sizes = {n: s.memory_analysis().temp_size_in_bytes for n, s in steps.items()}
-    yield {"": "temporaries, MB", **{name: size / 1e6 for name, size in sizes.items()}}
+    yield {
+        "what": "temporaries, MB",
+        **{name: size / 1e6 for name, size in sizes.items()},
+    }
 
 
 def error_rows(
@@ -199,7 +205,7 @@ def error_rows(
     for what in axes:
         errors = {name: error(each[what], true[what]) for name, each in found.items()}
         holds = errors["jaxbn"] <= 2 * errors["flax"]
-        yield {"": f"error of {what}", **errors, "holds": holds}
+        yield {"what": f"error of {what}", **errors, "holds": holds}
 
 
 def time_row(steps: Any, states: Any, batch: Any, rounds: int) -> _report.Row:
@@ -210,7 +216,7 @@ def time_row(steps: Any, states: Any, batch: Any, rounds: int) -> _report.Row:
             jax.block_until_ready(steps[name](states[name], batch))
             seconds[name].append(time.perf_counter() - begun)
     medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
-    return {"": "step, ms", **{name: 1e3 * each for name, each in medians.items()}}
+    return {"what": "step, ms", **{name: 1e3 * each for name, each in medians.items()}}
 
 
 def main() -> int:
