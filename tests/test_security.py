@@ -1,4 +1,4 @@
-"""Security: nothing is unpickled, nobody is called, a file does not steer a terminal."""
+"""Security: nothing is unpickled, nobody is called, no file steers a terminal."""
 
 import ast
 import os
@@ -118,8 +118,8 @@ import os, sys
 
 def watch(event, args):
     if event in {
-        "pickle.find_class", "socket.bind", "socket.connect", "socket.getaddrinfo",
-        "socket.gethostbyaddr", "socket.gethostbyname", "socket.sendto", "urllib.Request",
+        "pickle.find_class", "socket.bind", "socket.connect", "socket.sendto",
+        "socket.getaddrinfo", "socket.gethostbyaddr", "socket.gethostbyname",
     }:
         os.write(2, f"CAUGHT {event} {args}".encode())
         os._exit(99)
@@ -160,7 +160,7 @@ def watched(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=os.environ | {"PYTHONPATH": str(folder), "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         timeout=240,
@@ -178,7 +178,7 @@ def test_commands_unpickle_nothing_and_call_nobody(tmp_path):
     "code",
     [
         "import socket; socket.create_connection(('192.0.2.1', 9), 0.1)",
-        "import socket; socket.socket(type=socket.SOCK_DGRAM).connect(('192.0.2.1', 9))",
+        "import socket as s; s.socket(type=s.SOCK_DGRAM).connect(('192.0.2.1', 9))",
         "import pickle, os; pickle.loads(pickle.dumps(os.getpid))",
         "import subprocess, sys; word = 'import socket; socket.gethostbyname(\"x\")'; "
         "sys.exit(subprocess.run([sys.executable, '-c', word]).returncode)",
