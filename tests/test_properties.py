@@ -20,12 +20,12 @@ s = 4 u sqrt(n). To first order, product by product,
     dx       |scale| rstd G ((2 + H) s + e + H (e + s H))
 
 Where a mean is far from 0 (`_rounding.FAR`) its low part is known: m in x_hat is then
-u s A, and m^2 in v is s m^2, what is left of two numbers of that size. (Not so the
-x_hat in dx by JAX's own differentiation, to which the low part is a constant.) Where
-moments are merged (devices, `merge_moments`), the errors of the parts' means enter
-times their distances, at most std, from that of the whole: v is 2 m std more. And on
-top comes what rounding to the result's own dtype adds. Two results that should agree
-may each be off by as much.
+u s A, and m^2 in v is s m^2, what is left of two numbers of that size. (Not so in dx by
+JAX's own differentiation, to which the low part is a constant, and not in float64,
+where the oracle has no more bits than we.) Where moments are merged (devices,
+`merge_moments`), the errors of the parts' means enter times their distances, at most
+std, from that of the whole: v is 2 m std more. And on top comes what rounding to the
+result's own dtype adds. Two results that should agree may each be off by as much.
 """
 
 import dataclasses
@@ -255,7 +255,8 @@ class Allowed:
         gamma = 1 if scale is None else np.abs(np.asarray(scale, np.float64))
         beta = 0 if bias is None else np.abs(np.asarray(bias, np.float64))
         self.batch_mean = m = s * a
-        far = (np.abs(mean) > 2 * _rounding.FAR * np.sqrt(var)) & (not merged)
+        far = np.abs(mean) > 2 * _rounding.FAR * np.sqrt(var)
+        far &= not merged and wide == jnp.float32
         self.batch_var = v = s * var + np.where(far, s * m**2, m**2)
         v += merged * 2 * m * np.sqrt(var)
         without_low = m * rstd + h * (s + v * rstd**2 / 2)
@@ -724,7 +725,8 @@ by_name = pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check._
 
 @by_name
 def test_property(check):
-    hold(check, QUICK, derandomize=True)
+    # The update of a state has eight programs, soon compiled, of which none may miss.
+    hold(check, 24 if check is state_follows_its_rule else QUICK, derandomize=True)
 
 
 @pytest.mark.long
