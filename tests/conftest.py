@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import pytest
 from tpu import chips as chips
 
+# Run by hand: each script says what it needs and how.
+collect_ignore = ["clients"]
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

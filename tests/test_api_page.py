@@ -1,4 +1,4 @@
-"""The API page: the command in tests/pdoc/module.html.jinja2 renders it, all of it."""
+"""The API page: the command in tests/api_template/module.html.jinja2 renders it, all of it."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.peers
 pytest.importorskip("pdoc")
 
 ROOT = Path(__file__).parents[1]
-TEMPLATE = (ROOT / "tests" / "pdoc" / "module.html.jinja2").read_text()
+TEMPLATE = (ROOT / "tests" / "api_template" / "module.html.jinja2").read_text()
 COMMAND = re.search(r"^ *(pdoc .*)$", TEMPLATE, re.MULTILINE)[1].split()
 FORMULAS = ["backward", "batch_norm", "batch_renorm", "forward", "merge_moments"]
 MODULES = ["jaxbn", "jaxbn.convert", "jaxbn.linen", "jaxbn.nnx"]

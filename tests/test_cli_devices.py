@@ -250,7 +250,7 @@ def test_none_waits_for_a_process_that_hangs(tmp_path, processes):
     processes.all[1].send_signal(signal.SIGSTOP)
     line = "jaxbn train: error: process 0: no sign of life from process 1\n"
     code, _, err = processes.end(0, seconds=40)
-    assert code == 1
+    assert code == 1, err
     assert err.startswith(line)  # JAX may log the loss too, if it sees it in time
 
 

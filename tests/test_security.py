@@ -156,11 +156,12 @@ print("ALL DONE")
 def watched(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a process in which, and in whose children, the above is fatal."""
     (folder / "sitecustomize.py").write_text(WATCH)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     # JAX_PLATFORMS is cpu: for a TPU JAX itself would ask the cloud's metadata server.
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder), "XLA_FLAGS": ""},
+        env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         timeout=240,

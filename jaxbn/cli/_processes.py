@@ -125,9 +125,9 @@ def _connect(group: Group) -> Any:
         group.process_id,
         cluster_detection_method="deactivate",
         coordinator_bind_address=address,
-        # Later than `_Watch`, which says it in a line. JAX ends with a stack trace.
+        # Much later than `_Watch`, which says it in a line. JAX aborts.
         initialization_timeout=2 * JOIN_SECONDS,
-        heartbeat_timeout_seconds=2 * SILENT_SECONDS,
+        heartbeat_timeout_seconds=10 * SILENT_SECONDS,
         shutdown_timeout_seconds=2 * SILENT_SECONDS,
     )
     # JAX 0.10 to 0.12 have no public way to say where gloo listens.
