@@ -113,6 +113,7 @@ def test_there_are_notebooks_and_their_numbers_differ():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestNotebook:
+    @pytest.mark.notebooks
     def test_runs_and_shows_what_is_stored(self, path):
         """No cell fails, hence no claim in one; what is stored is not stale."""
         stored = nbformat.read(path, as_version=4)
