@@ -10,7 +10,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax.nn import initializers
 
-from jaxbn import _flax_rules, _shapes
+from jaxbn import _checks, _flax_rules, _shapes
 from jaxbn._batch_norm import Params
 from jaxbn._closed_over import only_shape
 from jaxbn._inspect import LayerStatistics
@@ -204,11 +204,11 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
                 "`use_running_average` must be given, to the constructor, to the call "
                 "or by nnx.view(model, use_running_average=...); got None"
             )
-        use_running_average = _shapes.check_static_bool(
+        use_running_average = _checks.check_static_bool(
             "use_running_average", use_running_average
         )
         x, *params = self.promote_dtype(
-            (jnp.asarray(x), _value(self.scale), _value(self.bias)), dtype=self.dtype
+            (_shapes.as_x(x), _value(self.scale), _value(self.bias)), dtype=self.dtype
         )
         x, mask, features, dtype = _flax_rules.prepare(
             self, x, mask, [p.dtype for p in params if p is not None]
