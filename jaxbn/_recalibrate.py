@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbn import _checks, _measure, _recording
 from jaxbn._measure import Path as Path
-from jaxbn._model_linen import check_module
+from jaxbn._model_linen import check_module, unseen
 from jaxbn._moments import Moments
 
 
@@ -95,7 +94,7 @@ class Measurement(_measure.Measurement):
             _, updates = self.model.apply(
                 variables,
                 *args,
-                mutable=DenyList("params"),
+                mutable=unseen("params"),
                 **kwargs,
                 **self.apply_kwargs,
             )
