@@ -723,9 +723,6 @@ ROWS = {
     "linen.BatchRenorm.ghost_batch_size": [
         (2, ValueError, "`ghost_batch_size` must be None for BatchRenorm"),
     ],
-    "nnx.BatchRenorm.ghost_batch_size": [
-        (2, ValueError, "`ghost_batch_size` must be None for BatchRenorm"),
-    ],
     # Recalibration, inspection, weight decay
     "linen.recalibrate.model": [
         (bad, TypeError, "`model` must be a flax.linen.Module; got")
@@ -781,7 +778,7 @@ NOT_HERE = {
     "scale_metadata": "read by nnx",
     "progress": "any truth value",
     "wrt": "a filter of nnx, which nnx reads",
-    "kwargs": "on to the constructor of BatchNorm, or to the model",
+    "kwargs": "on to the model",
     "args": "on to the model",
     "apply_kwargs": "on to the model",
     "call_kwargs": "on to the model",
@@ -803,12 +800,7 @@ def arguments_of(function):
     public = PUBLIC[f"jaxbn.{function}"]
     if not isinstance(public, type):
         return {*inspect.signature(public).parameters, *IN_ARGS.get(function, ())}
-    methods = [
-        vars(cls)[name]
-        for cls in public.__mro__
-        for name in ("__init__", "__call__")
-        if cls.__module__.startswith("jaxbn") and name in vars(cls)
-    ]
+    methods = public.__init__, public.__call__
     signatures = [inspect.signature(method).parameters for method in methods]
     return {*itertools.chain(*signatures), "call_use_running_average"} - {"self"}
 
