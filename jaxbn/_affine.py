@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _devices, _shapes
+from jaxbn import _checks, _devices, _shapes
 from jaxbn._centered import centered, zero_masked
 
 
@@ -80,7 +80,7 @@ def check_arguments(
 ) -> tuple[jax.Array, Any, Any, Any, Config]:
     """The arguments that every batch norm has, as arrays that fit, and the Config."""
     x = _shapes.check_x(x)
-    config = Config(_shapes.feature_axes(axis, x.ndim), _shapes.check_epsilon(epsilon))
+    config = Config(_shapes.feature_axes(axis, x.ndim), _checks.check_epsilon(epsilon))
     scale = _shapes.check_per_feature("scale", scale, x, config.features)
     bias = _shapes.check_per_feature("bias", bias, x, config.features)
     return x, scale, bias, _shapes.check_mask(mask, x), config

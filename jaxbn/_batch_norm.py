@@ -8,7 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from jaxbn import _affine, _devices, _normalize, _running, _shapes
+from jaxbn import _affine, _checks, _devices, _normalize, _running, _shapes
 from jaxbn._affine import Config
 from jaxbn._moments import Moments
 from jaxbn._running import State
@@ -64,9 +64,9 @@ def init(
         [1. 1. 1.] [0. 0. 0.] [1. 1. 1.] 0
     """
     shape = _shapes.check_num_features(num_features)
-    dtype = _shapes.check_inexact("param_dtype", param_dtype)
-    scaled = _shapes.check_static_bool("use_scale", use_scale)
-    shifted = _shapes.check_static_bool("use_bias", use_bias)
+    dtype = _checks.check_inexact("param_dtype", param_dtype)
+    scaled = _checks.check_static_bool("use_scale", use_scale)
+    shifted = _checks.check_static_bool("use_bias", use_bias)
     params = Params(
         jnp.ones(shape, _shapes.real_dtype(dtype)) if scaled else None,
         jnp.zeros(shape, dtype) if shifted else None,
@@ -203,17 +203,16 @@ def apply_batch_norm(
     not be bound, and the state stays as it is. `normalize` is what a variant does to a
     training batch; with `ghost_batch_size`, to as many of its rows at a time.
     """
-    train = _shapes.check_static_bool("train", train)
-    if not isinstance(params, Params):
-        raise TypeError(f"`params` must be a jaxbn.Params; got {type(params).__name__}")
+    train = _checks.check_static_bool("train", train)
+    _checks.check_instance("params", params, Params, "a jaxbn.Params")
     x, scale, bias, mask, config = _affine.check_arguments(
         x, params.scale, params.bias, mask, epsilon, axis
     )
     state = _running.check_state(state, x, config.features)
-    momentum = _shapes.check_momentum(momentum)
-    debias = _shapes.check_static_bool("debias", debias)
+    momentum = _checks.check_momentum(momentum)
+    debias = _checks.check_static_bool("debias", debias)
     _running.check_running_variance(running_variance)
-    _shapes.check_choice("derivative", derivative, get_args(_shapes.Derivative))
+    _checks.check_choice("derivative", derivative, get_args(_shapes.Derivative))
     config = dataclasses.replace(config, dtype=dtype)
     if not train:
         y = _affine.affine(config, x, state.mean, state.var, scale, bias, mask)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn import _shapes
+from jaxbn import _checks, _shapes
 from jaxbn._batch_norm import Params
-from jaxbn._running import State
+from jaxbn._running import State, check_state
+
+KINDS = {np.inexact: "floats", np.integer: "ints", np.number: "numbers"}
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -18,7 +20,29 @@ def to_numpy(value: Any) -> np.ndarray:
         if "bfloat16" in str(value.dtype):  # NumPy's is JAX's, unknown to PyTorch
             return value.float().numpy(force=True).astype(jnp.bfloat16)
         return value.numpy(force=True)
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError:  # lists of no one length
+        return np.asarray(None)
+
+
+def to_numbers(source: str, word: str, value: Any, kind: type) -> np.ndarray:
+    """What `source` has under this word, on the host; of floats, say, by `kind`."""
+    array = to_numpy(value)
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(
+            f"{source} must hold {word} as an array of {KINDS[kind]}; got "
+            f"{_checks.kind(value)} of dtype {array.dtype}"
+        )
+    return array
+
+
+def to_count(source: str, word: str, value: Any) -> np.ndarray:
+    """Likewise, the number of updates."""
+    count = to_numbers(source, word, value, np.integer)
+    if count.shape != ():
+        raise ValueError(f"{source} must hold {word} as a scalar; got {count.shape}")
+    return count
 
 
 def to_layer(
@@ -29,7 +53,11 @@ def to_layer(
     Absent, or None, can be the first two. `source` says in the error what had to be a
     batch norm. The statistics come as float32 at least, as `jaxbn.init` makes them.
     """
-    present = {w: to_numpy(arrays[w]) for w in words if arrays.get(w) is not None}
+    present = {
+        word: to_numbers(source, word, arrays[word], np.inexact)
+        for word in words
+        if arrays.get(word) is not None
+    }
     shape = present[words[2]].shape if words[2] in present else None
     refuse(
         f"{source} must be a batch norm with running statistics",
@@ -59,11 +87,13 @@ def to_layer(
 
 def from_layer(params: Params, state: State, words: Sequence[str]) -> dict[str, Any]:
     """The inverse of `to_layer`: the arrays by their `words`, absent where None."""
-    if not (isinstance(params, Params) and isinstance(state, State)):
-        raise TypeError(
-            "`params` and `state` must be a jaxbn.Params and a jaxbn.State; got "
-            f"{type(params).__name__} and {type(state).__name__}"
-        )
+    _checks.check_instance("params", params, Params, "a jaxbn.Params")
+    _checks.check_instance("state", state, State, "a jaxbn.State")
+    mean = _shapes.check_array("state.mean", state.mean)
+    fits = mean, tuple(range(mean.ndim)), "`state.mean`"
+    check_state(state, *fits)
+    for name, value in params._asdict().items():
+        _shapes.check_per_feature(f"params.{name}", value, *fits)
     values = (params.scale, params.bias, state.mean, state.var)
     pairs = zip(words, values, strict=True)
     return {word: np.array(value) for word, value in pairs if value is not None}
@@ -94,7 +124,11 @@ def debiasing(momentum: float, num_updates: Any) -> jax.Array:
 
 def refuse(needed: str, problems: Mapping[str, Sequence[str]]) -> None:
     """Raises a ValueError with all problems at once, each kind on its own line."""
-    lines = [f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found]
+    lines = [
+        f"{kind}: {', '.join(map(str, found))}"
+        for kind, found in problems.items()
+        if found
+    ]
     if lines:
         raise ValueError("\n  ".join([f"{needed}; got", *lines]))
 

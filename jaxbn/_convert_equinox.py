@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 
 from jaxbn._batch_norm import Params
+from jaxbn._checks import kind
 from jaxbn._convert_arrays import check_alike, debiasing, from_layer, to_layer
 from jaxbn._running import State, new_state
 
@@ -31,15 +32,14 @@ def from_equinox(layer: Any, layer_state: Any) -> tuple[Params, State]:
         "batch"; in mode "ema", which counts nothing, 1 after any update. Copies.
 
     Raises:
-        TypeError: `layer` is not an Equinox batch norm.
+        TypeError: `layer` is not an Equinox batch norm, or `layer_state` none
+            that knows it.
 
     Examples:
         After `layer, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(8,
         "batch", mode="batch")` and some training, `from_equinox(layer, state)`.
     """
-    averages, counter = _indices(layer)
-    mean, var = layer_state.get(averages)
-    count = layer_state.get(counter)
+    mean, var, count = _running(layer, layer_state)
     if layer.mode == "batch":
         divisor = _divisor(layer, count)
         mean, var = mean / divisor, var / divisor
@@ -69,13 +69,14 @@ def to_equinox(
     Raises:
         ValueError: The layer differs; what is missing, extra or of a different shape is
             named.
-        TypeError: `params`, `state` or `layer` is something else.
+        TypeError: `params`, `state`, `layer` or `layer_state` is something else.
 
     Examples:
         `layer, layer_state = to_equinox(params, state, layer, layer_state)`
     """
     averages, counter = _indices(layer)
-    values = (layer.weight, layer.bias, *layer_state.get(averages))
+    *statistics, old_count = _running(layer, layer_state)
+    values = (layer.weight, layer.bias, *statistics)
     pairs = zip(WORDS, values, strict=True)
     templates = {word: value for word, value in pairs if value is not None}
     arrays = from_layer(params, state, WORDS)
@@ -95,7 +96,7 @@ def to_equinox(
         jax.tree_util.tree_map_with_path(
             lambda path, leaf: new.get(keystr(path, simple=True), leaf), layer
         ),
-        layer_state.set(counter, jnp.full_like(layer_state.get(counter), count)),
+        layer_state.set(counter, jnp.full_like(old_count, count)),
     )
 
 
@@ -106,9 +107,20 @@ def _indices(layer: Any) -> tuple[Any, Any]:
         return layer.batch_state_index, layer.batch_counter
     if mode == "ema":
         return layer.ema_state_index, layer.ema_first_time_index
-    raise TypeError(
-        f"`layer` must be an equinox.nn.BatchNorm; got {type(layer).__name__}"
-    )
+    raise TypeError(f"`layer` must be an equinox.nn.BatchNorm; got {kind(layer)}")
+
+
+def _running(layer: Any, layer_state: Any) -> tuple[Any, Any, Any]:
+    """Mean, variance and what updates are counted by, as Equinox has them."""
+    averages, counter = _indices(layer)
+    try:
+        mean, var = layer_state.get(averages)
+        return mean, var, layer_state.get(counter)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise TypeError(
+            "`layer_state` must be an equinox.nn.State that knows `layer`; got "
+            f"{kind(layer_state)}"
+        ) from error
 
 
 def _divisor(layer: Any, count: Any) -> Any:

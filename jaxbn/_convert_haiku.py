@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._batch_norm import Params
-from jaxbn._convert_arrays import check_alike, debiasing, from_layer, to_layer, to_numpy
+from jaxbn._checks import check_instance, check_mapping, check_share
+from jaxbn._convert_arrays import (
+    check_alike,
+    debiasing,
+    from_layer,
+    to_count,
+    to_layer,
+    to_numbers,
+)
 from jaxbn._running import State
 
 # Of Haiku's averages, `average` is `hidden` after the debiasing: what inference uses.
@@ -38,6 +46,7 @@ def from_haiku(
     Raises:
         ValueError: There is no batch norm of this name; what is missing or of a
             different shape is named.
+        TypeError: The trees are no mappings, or hold something else than floats.
 
     Examples:
         >>> import jaxbn, numpy as np
@@ -80,8 +89,8 @@ def to_haiku(
 
     Raises:
         ValueError: There is no batch norm of this name, or it differs; what is missing,
-            extra or of a different shape is named.
-        TypeError: `params` or `state` is something else.
+            extra or of a different shape is named; or `decay_rate` is outside [0, 1].
+        TypeError: `params`, `state` or a tree is something else.
 
     Examples:
         >>> import jaxbn, numpy as np
@@ -96,6 +105,7 @@ def to_haiku(
         [[1. 1.]]
     """
     templates, _ = _read(haiku_params, haiku_state, name)
+    decay_rate = check_share("decay_rate", decay_rate)
     arrays = from_layer(params, state, WORDS)
     check_alike(arrays, _squeezed(templates), _named(name))
     shaped = {
@@ -120,20 +130,34 @@ def to_haiku(
     )
 
 
-def _read(params: Tree, state: Tree, name: str) -> tuple[dict[str, Any], Any]:
+def _read(params: Tree, state: Tree, name: str) -> tuple[dict[str, np.ndarray], Any]:
     """The arrays by their `WORDS`, those that there are, and the count."""
-    averages = {word: state.get(f"{name}/~/{word.split('/')[0]}") for word in WORDS[2:]}
-    found = {word: value for word, value in averages.items() if value is not None}
-    arrays = {word: value["average"] for word, value in found.items()}
-    counts = [value["counter"] for value in found.values()]
-    return {**params.get(name, {}), **arrays}, counts[0] if counts else 0
-
-
-def _squeezed(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Without the axes that Haiku reduced, and kept with length 1."""
-    return {
-        word: np.atleast_1d(to_numpy(value).squeeze()) for word, value in arrays.items()
+    check_instance("name", name, str, "a string")
+    learned = _module("haiku_params", params, name)
+    mean, var = (
+        _module("haiku_state", state, f"{name}/~/{word.split('/')[0]}")
+        for word in WORDS[2:]
+    )
+    averages = zip(WORDS[2:], (mean.get("average"), var.get("average")), strict=True)
+    arrays = {
+        word: to_numbers(_named(name), word, value, np.inexact)
+        for word, value in [*learned.items(), *averages]
+        if value is not None
     }
+    return arrays, to_count(_named(name), "counter", mean.get("counter", 0))
+
+
+def _module(argument: str, tree: Any, name: str) -> Mapping[str, Any]:
+    """What the tree holds for the module of this name; nothing where there is none."""
+    check_mapping(argument, tree)
+    module = tree.get(name, {})
+    check_mapping(f"{argument}[{name!r}]", module)
+    return module
+
+
+def _squeezed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the axes that Haiku reduced, and kept with length 1."""
+    return {word: np.atleast_1d(value.squeeze()) for word, value in arrays.items()}
 
 
 def _named(name: str) -> str:

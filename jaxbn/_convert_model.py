@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
-from jaxbn._convert_arrays import refuse, to_numpy
+from jaxbn._checks import (
+    check_iterable,
+    check_mapping,
+    check_path,
+    check_variables,
+)
+from jaxbn._convert_arrays import refuse, to_numbers
 from jaxbn._convert_torch import COUNT
 
 # From the last name of an array in Flax to that in PyTorch.
@@ -64,7 +70,8 @@ def load_torch(
     Raises:
         ValueError: All that is missing, extra, named twice or of the wrong shape, in
             one message.
-        TypeError: `state_dict`, `variables` or `names` is not a mapping.
+        TypeError: `state_dict`, `variables` or `names` is not a mapping, or holds
+            something else than arrays, or paths.
 
     Examples:
         >>> import flax.linen as nn, jax, numpy as np, jaxbn
@@ -74,19 +81,12 @@ def load_torch(
         >>> print(new["params"]["kernel"].shape, new["params"]["bias"])
         (2, 3) [0. 1. 2.]
     """
-    given = {"state_dict": state_dict, "variables": variables, "names": names}
-    for word, value in given.items():
-        if not isinstance(value, Mapping):
-            raise TypeError(f"`{word}` must be a mapping; got {type(value).__name__}")
-    if not set(COLLECTIONS) & set(variables):
-        raise ValueError(
-            '`variables` must hold "params" or "batch_stats", as from `model.init`; '
-            f"got {list(variables)}"
-        )
-    paths = {
-        prefix: path if isinstance(path, str) else "/".join(path)
-        for prefix, path in names.items()
-    }
+    check_mapping("state_dict", state_dict)
+    check_variables(variables, *COLLECTIONS)
+    check_mapping("names", names)
+    paths = {k: "/".join(check_path("names", path)) for k, path in names.items()}
+    check_iterable("conv_transpose", conv_transpose, "names")
+    conv_transpose = tuple(conv_transpose)
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     leaves = {_keys(path): leaf for path, leaf in flat}
     leaves = {keys: leaf for keys, leaf in leaves.items() if keys[0] in COLLECTIONS}
@@ -98,7 +98,11 @@ def load_torch(
         if (module := "/".join(keys[1:-1])) in prefixes
     }
     values = {
-        keys: _converted(to_numpy(state_dict[source]), keys[-1], source in transposed)
+        keys: _converted(
+            to_numbers("`state_dict`", source, state_dict[source], np.number),
+            keys[-1],
+            source in transposed,
+        )
         for keys, source in sources.items()
         if source in state_dict
     }

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._batch_norm import Params
-from jaxbn._convert_arrays import from_layer, to_layer, to_numpy
+from jaxbn._checks import check_mapping
+from jaxbn._convert_arrays import from_layer, to_count, to_layer
 from jaxbn._running import State
 
 WORDS = ("weight", "bias", "running_mean", "running_var")
@@ -34,6 +35,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[Params, State]:
         ValueError: It is not the state dict of one batch norm; all that is missing,
             extra or of a different shape is named. With `track_running_stats=False`
             nothing has been tracked, and the statistics are missing.
+        TypeError: It is no mapping from strings, or holds something else than floats
+            (for the count, ints).
 
     Examples:
         >>> import numpy as np, jaxbn
@@ -43,9 +46,10 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[Params, State]:
         >>> print(params, state.var)
         Params(scale=None, bias=None) [1. 4.]
     """
+    check_mapping("state_dict", state_dict)
     arrays = dict(state_dict)
     count = arrays.pop(COUNT, None)
-    num_updates = 0 if count is None else to_numpy(count)
+    num_updates = 0 if count is None else to_count("`state_dict`", COUNT, count)
     return to_layer(arrays, WORDS, num_updates, "`state_dict`")
 
 

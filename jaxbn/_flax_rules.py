@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _devices, _shapes
+from jaxbn import _checks, _devices, _shapes
 from jaxbn._batch_norm import Params, apply_batch_norm
 from jaxbn._ghost import as_ghosts
 from jaxbn._renorm import as_renorm
@@ -18,7 +18,8 @@ class PlainRules:
 
     def _keeps_count(self: Any) -> bool:
         """Whether there is a `num_updates`."""
-        return self.momentum is None or self.debias
+        debias = _checks.check_static_bool("debias", self.debias)
+        return self.momentum is None or debias
 
     def _variant(self: Any, x: jax.Array, features: tuple[int, ...]) -> dict[str, Any]:
         """What `apply_batch_norm` is to do otherwise in training."""
@@ -94,7 +95,8 @@ def warns_of_one_element(norm: Any, x: jax.Array, features: tuple[int, ...]) -> 
     For NNX, which cannot tell initializing from training.
     """
     names, groups = _devices.check_axis_name(norm.axis_name, norm.axis_index_groups)
-    devices = 1 if norm.ghost_batch_size else _devices.group_size(names, groups)
+    together = names if norm.ghost_batch_size is None else None
+    devices = _devices.group_size(together, groups)
     try:
         _shapes.check_count(x.shape, features, devices, "training")
     except ValueError as error:
@@ -112,8 +114,11 @@ def keep_dtypes(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> A
 
 def result_dtype(dtype: Any, x: jax.Array, param_dtypes: list[Any]) -> Any:
     """The dtype of y: the one asked for, else that of x and the parameters together."""
+    for param_dtype in param_dtypes:
+        if param_dtype is not None:  # JAX's default
+            _checks.check_inexact("param_dtype", param_dtype)
     if dtype is not None:
-        return _shapes.check_inexact("dtype", dtype)
+        return _checks.check_inexact("dtype", dtype)
     with jax.numpy_dtype_promotion("standard"):
         result = jnp.result_type(x, *param_dtypes)
         return result if jnp.issubdtype(result, jnp.inexact) else jnp.dtype(jnp.float32)
@@ -138,7 +143,7 @@ def broadcast_mask(mask: Any, x: jax.Array) -> jax.Array | None:
     """`mask` of any dtype, broadcasting to x as in NumPy, as a boolean of x's rank."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask).astype(bool)
+    mask = _shapes.as_array("mask", mask).astype(bool)
     if not _shapes.broadcasts(mask.shape, x.shape):
         raise ValueError(
             f"`mask` must broadcast to the shape of x, {x.shape}, as in NumPy; got "

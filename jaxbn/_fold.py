@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _shapes
+from jaxbn import _checks, _shapes
 from jaxbn._affine import normalize
 from jaxbn._batch_norm import Params
 from jaxbn._running import State
@@ -69,12 +69,11 @@ def fold(
         >>> print(y.round(3), (x @ kernel + bias).round(3))
         [2. 0.] [2. 0.]
     """
-    kernel = check_inexact("kernel", kernel)
-    features = check_features_axis(kernel, features_axis)
+    kernel, features = check_kernel(kernel, features_axis)
     norm = check_norm(params, state, kernel, features)
     mean, _, _, c = norm
     bias = jnp.zeros_like(mean, kernel.dtype) if bias is None else bias
-    bias = complex_where(check_inexact("bias", bias), mean, c)
+    bias = complex_where(_shapes.check_array("bias", bias), mean, c)
     axes = tuple(i - kernel.ndim for i in features)
     if bias.ndim == len(axes):
         axes = tuple(range(-bias.ndim, 0))
@@ -110,26 +109,15 @@ def complex_where(array: jax.Array, *others: jax.Array | None) -> jax.Array:
     return lax.complex(array, jnp.zeros_like(array))
 
 
-def check_inexact(name: str, value: Any) -> jax.Array:
-    if value is None:
-        raise TypeError(f"`{name}` must be an array; got None")
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
-        raise TypeError(
-            f"`{name}` must be floating point or complex; got dtype {value.dtype}"
-        )
-    return value
-
-
-def check_features_axis(
-    kernel: jax.Array, features_axis: _shapes.Axis
-) -> tuple[int, ...]:
-    try:
-        return _shapes.feature_axes(features_axis, kernel.ndim)
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"`features_axis` for `kernel` as x with shape {kernel.shape}: {error}"
-        ) from None
+def check_kernel(
+    kernel: Any, features_axis: _shapes.Axis
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """The kernel as an array, and its axes with the batch norm's features."""
+    kernel = _shapes.check_array("kernel", kernel)
+    features = _shapes.feature_axes(
+        features_axis, kernel.ndim, "features_axis", "`kernel`"
+    )
+    return kernel, features
 
 
 def check_norm(
@@ -140,11 +128,8 @@ def check_norm(
     groups: int = 1,
 ) -> Norm:
     """The four vectors, which fit the kernel."""
-    if not (isinstance(params, Params) and isinstance(state, State)):
-        raise TypeError(
-            "`params` and `state` must be a jaxbn.Params and a jaxbn.State; got "
-            f"{type(params).__name__} and {type(state).__name__}"
-        )
+    _checks.check_instance("params", params, Params, "a jaxbn.Params")
+    _checks.check_instance("state", state, State, "a jaxbn.State")
     needed = tuple(kernel.shape[i] for i in features)
     needed = (groups * needed[0], *needed[1:])
     axes = tuple(i - kernel.ndim for i in features)
@@ -158,7 +143,7 @@ def check_norm(
     for name, vector in vectors.items():
         if vector is None and name.startswith("params"):
             continue
-        vectors[name] = check_inexact(name, vector)
+        vectors[name] = _shapes.check_array(name, vector)
         if vectors[name].shape != needed:
             raise ValueError(
                 f"`{name}` must have shape {needed}, one entry per feature on {on} of "

@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn import _shapes
+from jaxbn import _checks, _shapes
 from jaxbn._affine import normalize
 from jaxbn._batch_norm import Params
-from jaxbn._fold import (
-    check_features_axis,
-    check_inexact,
-    check_norm,
-    complex_where,
-    scaled,
-)
+from jaxbn._fold import check_kernel, check_norm, complex_where, scaled
 from jaxbn._running import State
 
 
@@ -70,8 +64,7 @@ def fold_before(
         >>> print((y @ kernel).round(3), (x @ folded + bias).round(3))
         [2.  0.5] [2.  0.5]
     """
-    kernel = check_inexact("kernel", kernel)
-    features = check_features_axis(kernel, features_axis)
+    kernel, features = check_kernel(kernel, features_axis)
     inputs, outputs = kernel.shape[: features[-1] + 1], kernel.shape[features[-1] + 1 :]
     if not outputs:
         raise ValueError(
@@ -82,7 +75,7 @@ def fold_before(
     norm = check_norm(params, state, kernel, features, groups)
     _check_padding(padding, kernel, features)
     bias = jnp.zeros(outputs, kernel.dtype) if bias is None else bias
-    bias = complex_where(check_inexact("bias", bias), kernel, norm[0], norm[3])
+    bias = complex_where(_shapes.check_array("bias", bias), kernel, norm[0], norm[3])
     if bias.shape != outputs:
         raise ValueError(
             f"`bias` must have shape {outputs}, the outputs of `kernel` with shape "
@@ -126,7 +119,12 @@ def _check_padding(padding: Any, kernel: jax.Array, features: tuple[int, ...]) -
         exact = word in ("VALID", "CIRCULAR", "REFLECT")
         exact = exact or (one_tap and word in (None, "SAME", "CAUSAL"))
     else:
-        exact = not any(jax.tree.leaves(padding))
+        numbers = jax.tree.leaves(padding)
+        if not all(map(_checks.is_int, numbers)):
+            raise TypeError(
+                f"`padding` must be a word, an int or pairs of ints; got {padding!r}"
+            )
+        exact = not any(numbers)
     if not exact:
         raise ValueError(
             '`padding` must be "VALID", "CIRCULAR", "REFLECT" or 0 for `kernel` with '

@@ -1,12 +1,14 @@
 """`fold_tree`: batch norms of a Flax model folded into the layers beside them."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import getfullargspec
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn import _checks
 from jaxbn._batch_norm import Params
 from jaxbn._fold import fold
 from jaxbn._fold_before import fold_before
@@ -27,7 +29,7 @@ class _Pair(NamedTuple):
 
 
 def fold_tree(
-    variables: Mapping[str, Any], pairs: Collection[Any], *, epsilon: float = 1e-5
+    variables: Mapping[str, Any], pairs: Iterable[Any], *, epsilon: float = 1e-5
 ) -> dict[str, Any]:
     """Variables of a Flax model without the batch norms that `pairs` name.
 
@@ -79,10 +81,8 @@ def fold_tree(
         >>> print(sorted(folded), sorted(folded["params"]), jnp.allclose(y, same))
         ['params'] ['Conv_0', 'Dense_0'] True
     """
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            f"`variables` must be a mapping; got {type(variables).__name__}"
-        )
+    _checks.check_mapping("variables", variables)
+    _checks.check_iterable("pairs", pairs, "pairs")
     tree = _copied(variables)
     read = [_read(tree, pair) for pair in pairs]
     _check_uses(read)
@@ -125,13 +125,12 @@ def _at(tree: Mapping[str, Any], collection: str, path: Path) -> dict[str, Any]:
 def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
     """The pair, with its layer and its batch norm told apart by what they hold."""
     many = isinstance(pair, Sequence) and not isinstance(pair, str)
-    options = pair[2] if many and len(pair) == 3 else {}
-    if not (many and len(pair) in (2, 3) and isinstance(options, Mapping)):
+    if not (many and len(pair) in (2, 3)):
         raise TypeError(
             "`pairs` must hold (first, second) or (first, second, options), in the "
             f"order in which the model applies them; got {pair!r}"
         )
-    paths = [_path(module) for module in pair[:2]]
+    paths = [_checks.check_path("pairs", module) for module in pair[:2]]
     words = " and ".join(f"{'/'.join(path)!r}" for path in paths)
     kinds = [_kind(tree, path) for path in paths]
     if kinds[0] == kinds[1]:
@@ -140,17 +139,15 @@ def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
             f"{kinds[0]}"
         )
     after = kinds[0] == LAYER
+    options = pair[2] if len(pair) == 3 else {}
+    known = getfullargspec(fold if after else fold_before).kwonlyargs
+    if not (isinstance(options, Mapping) and set(options) <= set(known)):
+        raise TypeError(
+            f"`pairs` must hold options for {words} out of {', '.join(known)}; got "
+            f"{options!r}"
+        )
     layer, norm = paths if after else reversed(paths)
     return _Pair(layer, norm, after, options, words)
-
-
-def _path(module: Any) -> Path:
-    names = module.split("/") if isinstance(module, str) else module
-    if not (isinstance(names, Sequence) and all(isinstance(n, str) for n in names)):
-        raise TypeError(
-            f'`pairs` must hold paths, "a/b" or ("a", "b"), of modules; got {module!r}'
-        )
-    return tuple(name for name in names if name)
 
 
 def _kind(tree: Mapping[str, Any], path: Path) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _devices, _shapes
+from jaxbn import _checks, _devices, _shapes
 from jaxbn._affine import Config
 from jaxbn._batch_norm import Params, apply_batch_norm
 from jaxbn._moments import Moments, from_rows, to_rows
@@ -84,7 +84,7 @@ def ghost_batch_norm(
     algorithm 1.
     """
     x = _shapes.check_x(x)
-    train = _shapes.check_static_bool("train", train)
+    train = _checks.check_static_bool("train", train)
     size = _check_size(ghost_batch_size)
     return apply_batch_norm(
         x,
@@ -123,7 +123,7 @@ def as_ghosts(x: jax.Array, axis: _shapes.Axis, size: Any) -> dict[str, Any]:
 
 def _check_size(size: Any) -> int:
     """`size` as a Python int; whether it divides the batch, inference need not know."""
-    if not _shapes.is_int(size):
+    if not _checks.is_int(size):
         raise TypeError(f"`ghost_batch_size` must be an int; got {size!r}")
     return int(size)
 

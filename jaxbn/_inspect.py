@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from jaxbn import _checks
 from jaxbn._moments import Moments
 from jaxbn._recalibrate import Measurement, Path
 
@@ -180,6 +181,8 @@ def inspect_statistics(
             ("model", "batches") if batches is None else ("batches", "model")
         )
         raise ValueError(f"`{missing}` must be given with `{given}`; got None")
+    epsilon = _checks.check_epsilon(epsilon)
+    _checks.check_mapping("variables", variables)
     variables = nn.meta.unbox(dict(variables))
     stats, params = (
         _flat(variables.get(name, {})) for name in ("batch_stats", "params")
@@ -193,7 +196,7 @@ def inspect_statistics(
         )
     moments: dict[Path, Moments] = {}
     if batches is not None:
-        measure = Measurement(model, apply_kwargs, use_running_average=False)
+        measure = Measurement(model, apply_kwargs, sequential=False)
         moments = measure.over(batches, variables, progress=False)
         called = [path for path in measure.depths if path in paths]
         paths = called + [path for path in paths if path not in called]

@@ -6,8 +6,9 @@ from typing import Any
 from flax import nnx
 
 from jaxbn._inspect import LayerStatistics, _double, _usable
+from jaxbn._model_nnx import batch_norms, check_module
 from jaxbn._moments import Moments
-from jaxbn._recalibrate_nnx import Measurement, batch_norms
+from jaxbn._recalibrate_nnx import Measurement
 
 
 def inspect_statistics(
@@ -41,13 +42,14 @@ def inspect_statistics(
         >>> print(layer.kl.round(3), layer.worst_channel)
         [0.  4.5] (1,)
     """
+    check_module(model)
     norms = batch_norms(model)
     if not norms:
         raise ValueError("`model` must have a BatchNorm of jaxbn; got none")
     moments: dict[Any, Moments] = {}
     order = list(norms)
     if batches is not None:
-        measure = Measurement(model, call_kwargs, use_running_average=False)
+        measure = Measurement(model, call_kwargs, sequential=False)
         moments = measure.over(batches, measure.initial)
         order.sort(key=lambda path: [*measure.depths, path].index(path))
 

@@ -4,12 +4,13 @@ What recalibrates and inspects models of Linen and of NNX alike.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn import _checks
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._recording import Recording
 
@@ -24,13 +25,13 @@ class Measurement:
         depths: How many layers each path stands for, in call order; after one pass.
     """
 
-    def __init__(self, *, use_running_average: bool):
-        """A batch norm normalizes by its running statistics, or by its batch."""
-        self.sequential = use_running_average
+    def __init__(self, *, sequential: bool):
+        """A batch norm normalizes by its batch or, if `sequential`, as in inference."""
+        self.sequential = _checks.check_static_bool("sequential", sequential)
         self.depths: dict[Path, int] = {}
 
         def measure(variables: Any, batch: Any) -> dict[Path, Moments]:
-            recording = Recording(use_running_average)
+            recording = Recording(use_running_average=self.sequential)
             moments = self.call(recording, variables, *_arguments(batch))
             for path, shape in recording.called:
                 self.depths[path] = moments[path].mean.size // max(1, math.prod(shape))
@@ -53,6 +54,7 @@ class Measurement:
         self, batches: Iterable[Any], variables: Any, progress: bool = False
     ) -> dict[Path, Moments]:
         """The moments of all batches together, by path."""
+        _checks.check_iterable("batches", batches, "batches")
         total: dict[Path, Moments] = {}
         for batch in _shown(batches) if progress else batches:
             moments = self._measure(variables, batch)
@@ -74,7 +76,7 @@ class Measurement:
 
         By layers that normalize by their running statistics, in one pass for each.
         """
-        if self.sequential and iter(batches) is batches:
+        if self.sequential and isinstance(batches, Iterator):
             raise TypeError(
                 "`batches` must be re-iterable for `sequential`, which passes over "
                 f"them once for each layer; got {type(batches).__name__} (make it a "

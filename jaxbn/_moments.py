@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxbn import _devices, _shapes
+from jaxbn import _checks, _devices, _shapes
 from jaxbn._centered import abs_squared, sum_of_squares, zero_masked
 from jaxbn._rounding import corrected
 
@@ -101,6 +101,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
     Raises:
         ValueError: The shapes differ.
+        TypeError: `a` or `b` is something else, or their dtypes differ.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -112,10 +113,16 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for
     computing sample variances", 1979.
     """
-    if jnp.shape(a.mean) != jnp.shape(b.mean) or jnp.shape(a.var) != jnp.shape(b.var):
+    a, b = check_moments("a", a), check_moments("b", b)
+    if a.mean.shape != b.mean.shape:
         raise ValueError(
             "`a` and `b` must have moments of one shape; got means of shape "
-            f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
+            f"{a.mean.shape} and {b.mean.shape}"
+        )
+    if a.mean.dtype != b.mean.dtype:
+        raise TypeError(
+            "`a` and `b` must have moments of one dtype; got "
+            f"{a.mean.dtype} and {b.mean.dtype}"
         )
     merged, _ = _merge(jnp.stack([to_rows(a), to_rows(b)]))
     return merged
@@ -173,6 +180,21 @@ def _count(
     if all(n == 1 for n in count.shape):
         return count.reshape(())
     return jnp.broadcast_to(count, [x.shape[i] for i in features])
+
+
+def check_moments(name: str, moments: Any) -> Moments:
+    """`moments` with arrays that fit each other."""
+    _checks.check_instance(name, moments, Moments, "a jaxbn.Moments")
+    num_elements = _shapes.as_array(f"{name}.num_elements", moments.num_elements)
+    mean = _shapes.check_array(f"{name}.mean", moments.mean)
+    var = _shapes.check_array(f"{name}.var", moments.var)
+    if var.shape != mean.shape or num_elements.shape not in ((), mean.shape):
+        raise ValueError(
+            f"`{name}` must have a mean and a var of one shape, and num_elements of "
+            "that or a scalar; got num_elements, mean and var of shapes "
+            f"{(num_elements.shape, mean.shape, var.shape)}"
+        )
+    return Moments(num_elements, mean, var)
 
 
 def to_rows(m: Moments) -> jax.Array:

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _devices, _shapes
+from jaxbn import _checks, _devices, _shapes
 from jaxbn._affine import Config, affine, cast, check_arguments, rstd_of
 from jaxbn._barriers import apart_on_cpu
 from jaxbn._centered import centered, zero_masked
@@ -130,6 +130,7 @@ def backward(
 
     Raises:
         ValueError: `dy` does not have the shape of y.
+        TypeError: `dy` is complex where x is not, or one of the two is something else.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -141,12 +142,13 @@ def backward(
 
     Source: batch-norm-formulas, "backward pass"; Ioffe & Szegedy 2015, section 3.
     """
+    _checks.check_instance("cache", cache, Cache, "what `forward` returned")
     config, x, mask = cache.config, cache.x, cache.mask
-    if jnp.shape(dy) != x.shape:
-        raise ValueError(
-            f"`dy` must have the shape of y, {x.shape}; got {jnp.shape(dy)}"
-        )
-    dy = jnp.asarray(dy)
+    dy = _shapes.check_array("dy", dy)
+    if dy.shape != x.shape:
+        raise ValueError(f"`dy` must have the shape of y, {x.shape}; got {dy.shape}")
+    if jnp.iscomplexobj(dy) and not jnp.iscomplexobj(x):
+        raise TypeError(f"`dy` must be real for x of dtype {x.dtype}; got {dy.dtype}")
     reduced = _shapes.reduction_axes(config.features, x.ndim)
     expand = functools.partial(_shapes.expand, features=config.features, ndim=x.ndim)
     dtype = _shapes.accumulation_dtype(x.dtype)

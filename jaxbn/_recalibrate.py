@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxbn import _measure, _recording
+from jaxbn import _checks, _measure, _recording
 from jaxbn._measure import Path as Path
+from jaxbn._model_linen import check_module, unseen
 from jaxbn._moments import Moments
 
 
@@ -65,7 +65,8 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Izmailov
     et al., "Averaging Weights Leads to Wider Optima", 2018.
     """
-    measure = Measurement(model, apply_kwargs, use_running_average=sequential)
+    measure = Measurement(model, apply_kwargs, sequential=sequential)
+    _checks.check_variables(variables, "batch_stats")
     return measure.recalibrated(batches, dict(variables), _replace, progress)
 
 
@@ -73,10 +74,11 @@ class Measurement(_measure.Measurement):
     """Of a Linen model; `variables` are its variables."""
 
     def __init__(
-        self, model: Any, apply_kwargs: Mapping[str, Any], *, use_running_average: bool
+        self, model: Any, apply_kwargs: Mapping[str, Any], *, sequential: bool
     ):
         """As for `recalibrate`."""
-        super().__init__(use_running_average=use_running_average)
+        super().__init__(sequential=sequential)
+        check_module(model)
         self.model = model
         self.apply_kwargs = apply_kwargs
 
@@ -92,7 +94,7 @@ class Measurement(_measure.Measurement):
             _, updates = self.model.apply(
                 variables,
                 *args,
-                mutable=DenyList("params"),
+                mutable=unseen("params"),
                 **kwargs,
                 **self.apply_kwargs,
             )

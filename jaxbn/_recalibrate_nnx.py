@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 
 from jaxbn import _measure, _recording
-from jaxbn._flax_rules import PlainRules
 from jaxbn._measure import Path
+from jaxbn._model_nnx import batch_norms, check_module
 from jaxbn._moments import Moments, merge_moments
 
 
@@ -55,7 +55,7 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Izmailov
     et al., "Averaging Weights Leads to Wider Optima", 2018.
     """
-    measure = Measurement(model, call_kwargs, use_running_average=sequential)
+    measure = Measurement(model, call_kwargs, sequential=sequential)
     new = measure.recalibrated(batches, measure.initial, measure.replace, progress)
     nnx.update(model, nnx.filter_state(new, nnx.BatchStat))
 
@@ -72,10 +72,11 @@ class Measurement(_measure.Measurement):
         model: nnx.Module,
         call_kwargs: Mapping[str, Any],
         *,
-        use_running_average: bool,
+        sequential: bool,
     ):
         """As for `recalibrate`."""
-        super().__init__(use_running_average=use_running_average)
+        super().__init__(sequential=sequential)
+        check_module(model)
         self.graphdef, self.initial = nnx.split(model)
         self.call_kwargs = call_kwargs
 
@@ -141,9 +142,3 @@ class Recorded(nnx.Module):
         self.num_elements.set_value(num_elements)
         self.mean.set_value(mean)
         self.var.set_value(var)
-
-
-def batch_norms(model: nnx.Module) -> dict[Path, Any]:
-    """Those of jaxbn, each by its first path."""
-    modules = nnx.iter_modules(model)
-    return {path: module for path, module in modules if isinstance(module, PlainRules)}

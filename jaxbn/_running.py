@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _devices, _shapes
-from jaxbn._moments import Moments
+from jaxbn import _checks, _devices, _shapes
+from jaxbn._moments import Moments, check_moments
 
 
 class State(NamedTuple):
@@ -61,21 +61,21 @@ def update_state(
         >>> jaxbn.update_state(jaxbn.init(1)[1], moments, momentum=0.5).mean
         Array([2.], dtype=float32)
     """
-    moments = _check_moments(moments)
+    moments = check_moments("moments", moments)
     features = tuple(range(moments.mean.ndim))
     return update(
         check_state(state, moments.mean, features, "`moments.mean`"),
         Moments(*(m[None] for m in moments)),
-        momentum=_shapes.check_momentum(momentum),
+        momentum=_checks.check_momentum(momentum),
         running_variance=check_running_variance(running_variance),
-        debias=_shapes.check_static_bool("debias", debias),
+        debias=_checks.check_static_bool("debias", debias),
     )
 
 
 def check_running_variance(word: Any) -> str:
     """`word`, one of the two that there are."""
     words = get_args(_shapes.RunningVariance)
-    return _shapes.check_choice("running_variance", word, words)
+    return _checks.check_choice("running_variance", word, words)
 
 
 def update(
@@ -166,8 +166,7 @@ def check_state(
     state: Any, x: jax.Array, features: tuple[int, ...], x_name: str = "x"
 ) -> State:
     """`state` with arrays that fit x, so that its dtypes can be kept."""
-    if not isinstance(state, State):
-        raise TypeError(f"`state` must be a jaxbn.State; got {type(state).__name__}")
+    _checks.check_instance("state", state, State, "a jaxbn.State")
     mean, var = (
         _shapes.check_per_feature(f"state.{name}", value, x, features, x_name)
         for name, value in (("mean", state.mean), ("var", state.var))
@@ -186,29 +185,6 @@ def check_state(
             f"{num_updates.dtype} of shape {num_updates.shape}"
         )
     return State(mean, var, num_updates)
-
-
-def _check_moments(moments: Any) -> Moments:
-    """`moments` with arrays that fit each other."""
-    if not isinstance(moments, Moments):
-        raise TypeError(
-            f"`moments` must be a jaxbn.Moments; got {type(moments).__name__}"
-        )
-    num_elements, mean, var = (
-        _shapes.as_array(f"moments.{name}", value)
-        for name, value in moments._asdict().items()
-    )
-    shapes = num_elements.shape, mean.shape, var.shape
-    if var.shape != mean.shape or num_elements.shape not in ((), mean.shape):
-        raise ValueError(
-            "`moments` must have a mean and a var of one shape, and num_elements of "
-            f"that or a scalar; got num_elements, mean and var of shapes {shapes}"
-        )
-    if not jnp.issubdtype(mean.dtype, jnp.inexact):
-        raise TypeError(
-            f"`moments.mean` must be floating point or complex; got dtype {mean.dtype}"
-        )
-    return Moments(num_elements, mean, var)
 
 
 def new_state(shape: tuple[int, ...], dtype: Any) -> State:

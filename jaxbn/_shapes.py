@@ -1,4 +1,4 @@
-"""Axes, dtypes and every check on arguments: what is wrong is said here, once."""
+"""Axes, dtypes and every check on arrays: what is wrong is said here, once."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import DTypeLike
+
+from jaxbn._checks import is_int, kind
 
 Axis = int | Iterable[int]
 
@@ -28,21 +28,24 @@ def real_dtype(dtype: DTypeLike) -> Any:
     return jnp.finfo(dtype).dtype
 
 
-def feature_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+def feature_axes(
+    axis: Axis, ndim: int, name: str = "axis", of: str = "x"
+) -> tuple[int, ...]:
     """`axis` as ascending non-negative numbers."""
     axes: tuple[Any, ...] = (axis,)
     if isinstance(axis, Iterable) and getattr(axis, "ndim", 1) > 0:
         axes = tuple(axis)
     if isinstance(axis, str | bytes) or not all(map(is_int, axes)):
-        raise TypeError(f"`axis` must be an int or a tuple of ints; got {axis!r}")
+        raise TypeError(f"`{name}` must be an int or a tuple of ints; got {axis!r}")
     if not all(-ndim <= i < ndim for i in axes):
         raise ValueError(
-            f"`axis` must lie in [{-ndim}, {ndim}) for x of rank {ndim}; got {axis!r}"
+            f"`{name}` must lie in [{-ndim}, {ndim}) for {of} of rank {ndim}; got "
+            f"{axis!r}"
         )
     positive = sorted(int(i) % ndim for i in axes)
     if len(set(positive)) < len(positive):
         raise ValueError(
-            f"`axis` must name each axis of x once; got {axis!r} for rank {ndim}"
+            f"`{name}` must name each axis of {of} once; got {axis!r} for rank {ndim}"
         )
     return tuple(positive)
 
@@ -59,29 +62,38 @@ def expand(per_feature: jax.Array, features: tuple[int, ...], ndim: int) -> jax.
     return jnp.expand_dims(per_feature, reduction_axes(features, ndim))
 
 
-def is_int(value: Any) -> bool:
-    """Whether `value` is an int of Python or NumPy; a bool is none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def as_array(name: str, value: Any) -> jax.Array:
     """`value` as an array; what JAX makes none of is refused by the argument's name."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
+        of = f" of dtype {value.dtype}" if hasattr(value, "dtype") else ""
         raise TypeError(
-            f"`{name}` must be an array of numbers; got {type(value).__name__}"
+            f"`{name}` must be an array of numbers; got {kind(value)}{of}"
         ) from error
+
+
+def check_array(name: str, value: Any) -> jax.Array:
+    """`value` as an array of inexact numbers."""
+    value = as_array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(
+            f"`{name}` must be floating point or complex; got dtype {value.dtype}"
+        )
+    return value
+
+
+def as_x(x: Any) -> jax.Array:
+    """`x` as an array, of any dtype, with at least one axis."""
+    x = as_array("x", x)
+    if x.ndim == 0:
+        raise ValueError("`x` must have at least one axis, the features; got a scalar")
+    return x
 
 
 def check_x(x: Any) -> jax.Array:
     """The input as an array of inexact numbers with at least one axis."""
-    x = as_array("x", x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(f"`x` must be floating point or complex; got dtype {x.dtype}")
-    if x.ndim == 0:
-        raise ValueError("`x` must have at least one axis, the features; got a scalar")
-    return x
+    return as_x(check_array("x", x))
 
 
 def check_per_feature(
@@ -90,7 +102,7 @@ def check_per_feature(
     """`value` (None stays None) as an array with one entry per feature of x."""
     if value is None:
         return None
-    value = as_array(name, value)
+    value = check_array(name, value)
     needed = tuple(x.shape[i] for i in features)
     if value.shape != needed:
         on = (
@@ -100,9 +112,7 @@ def check_per_feature(
             f"`{name}` must have shape {needed}, one entry per feature on {on} of "
             f"{x_name} with shape {x.shape}; got {value.shape}"
         )
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
-        raise TypeError(f"`{name}` must be floating point; got dtype {value.dtype}")
-    if jnp.iscomplexobj(value) and (name == "var" or not jnp.iscomplexobj(x)):
+    if jnp.iscomplexobj(value) and (name.endswith("var") or not jnp.iscomplexobj(x)):
         raise TypeError(
             f"`{name}` must be real for {x_name} of dtype {x.dtype}; got {value.dtype}"
         )
@@ -138,65 +148,6 @@ def row_mask_hint(mask: jax.Array) -> str:
     return " (for one entry per row write mask[:, None])" if mask.ndim == 1 else ""
 
 
-def check_number(name: str, value: Any) -> float:
-    """`value` as a Python float; a tracer is refused."""
-    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_
-    if is_bool or isinstance(value, Tracer | str | bytes):
-        raise TypeError(
-            f"`{name}` must be a Python number, known when tracing; got {value!r}"
-        )
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"`{name}` must be a number; got {value!r}") from None
-
-
-def check_epsilon(epsilon: Any) -> float:
-    """`epsilon` as a positive, finite Python float."""
-    number = check_number("epsilon", epsilon)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"`epsilon` must be positive and finite; got {number}")
-    return number
-
-
-def check_momentum(momentum: Any) -> Any:
-    """`momentum` as it came: None, a traced scalar, or a number in [0, 1]."""
-    if momentum is None:
-        return None
-    if isinstance(momentum, Tracer):
-        if momentum.shape != () or not jnp.issubdtype(momentum.dtype, jnp.floating):
-            raise TypeError(
-                "`momentum` must be a floating-point scalar; got "
-                f"{momentum.dtype} of shape {momentum.shape}"
-            )
-        return momentum
-    number = check_number("momentum", momentum)
-    if not 0 <= number <= 1:
-        raise ValueError(
-            "`momentum`, the share of the old value that is kept, must lie in [0, 1]; "
-            f"got {number}"
-        )
-    return number
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value`, one of the words in `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        words = " or ".join(f'"{word}"' for word in choices)
-        raise ValueError(f"`{name}` must be {words}; got {value!r}")
-    return value
-
-
-def check_static_bool(name: str, value: Any) -> bool:
-    """`value`, a Python bool: two programs hang on it, so it cannot be traced."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"`{name}` must be a Python bool, True or False; got {value!r} (make it "
-            f'static: jax.jit(f, static_argnames="{name}") or functools.partial)'
-        )
-    return bool(value)
-
-
 def check_count(
     shape: tuple[Any, ...], features: tuple[int, ...], devices: int, where: str
 ) -> None:
@@ -222,15 +173,3 @@ def check_num_features(num_features: Any) -> tuple[int, ...]:
     if not all(n >= 0 for n in shape):
         raise ValueError(f"`num_features` must not be negative; got {num_features!r}")
     return tuple(int(n) for n in shape)
-
-
-def check_inexact(name: str, dtype: Any) -> Any:
-    """`dtype`, floating point or complex, as JAX's configuration has it."""
-    try:
-        dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-        is_inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
-    except (TypeError, ValueError):
-        is_inexact = False
-    if not is_inexact:
-        raise TypeError(f"`{name}` must be floating point or complex; got {dtype}")
-    return dtype

@@ -1,19 +1,16 @@
 """Weight decay: which parameters to spare, being those of batch norms."""
 
-import itertools
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbn._flax_rules import PlainRules
+from jaxbn._model_linen import check_module, unseen
 
 # Those parameters of a batch norm that are spared.
 SPARED = ("scale", "bias")
-
-_CALLS = itertools.count()
 
 
 def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -46,11 +43,7 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
         True False
         >>> optimizer = optax.adamw(1e-3, weight_decay=1e-4, mask=mask)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`model` must be a flax.linen.Module; got {type(model).__name__} (for NNX "
-            "there is jaxbn.nnx.weight_decay_mask)"
-        )
+    check_module(model)
     spared: set[tuple[str, ...]] = set()
 
     def note(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -58,12 +51,9 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
             spared.update((*context.module.path, name) for name in SPARED)
         return method(*args, **kwargs)
 
-    # nn.jit runs a module but once for each set of collections; here is a new one.
-    unseen = DenyList(("intermediates", f"weight_decay_mask_{next(_CALLS)}"))
-
     def init() -> Any:
-        key = jax.random.key(0)
-        return model.lazy_init(key, *args, mutable=unseen, **kwargs)
+        key, mutable = jax.random.key(0), unseen("intermediates")
+        return model.lazy_init(key, *args, mutable=mutable, **kwargs)
 
     with nn.intercept_methods(note):
         variables = jax.eval_shape(init)

@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 
 from jaxbn._flax_rules import PlainRules
+from jaxbn._model_nnx import check_module
 from jaxbn._weight_decay import SPARED
 
 
@@ -40,11 +41,7 @@ def weight_decay_mask(
         >>> adamw = optax.adamw(1e-3, weight_decay=1e-4, mask=mask)
         >>> optimizer = nnx.Optimizer(model, adamw, wrt=nnx.Param)
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be a flax.nnx.Module; got {type(model).__name__} (for Linen "
-            "there is jaxbn.linen.weight_decay_mask)"
-        )
+    check_module(model)
     spared = {
         (*path, name)
         for path, module in nnx.iter_modules(model)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from jaxbn import _flax_rules, _recording, _shapes
+from jaxbn import _checks, _flax_rules, _recording, _shapes
 from jaxbn._batch_norm import Params
 from jaxbn._inspect import LayerStatistics, inspect_statistics
 from jaxbn._moments import Moments, merge_moments
@@ -123,7 +123,7 @@ class BatchNorm(_flax_rules.PlainRules, nn.Module):
                 `jaxbn.batch_norm`.
             TypeError: `use_running_average` is traced, or as for `jaxbn.batch_norm`.
         """
-        use_running_average = _shapes.check_static_bool(
+        use_running_average = _checks.check_static_bool(
             "use_running_average",
             nn.merge_param(
                 "use_running_average", self.use_running_average, use_running_average
@@ -136,7 +136,7 @@ class BatchNorm(_flax_rules.PlainRules, nn.Module):
         updating = not (use_running_average or initializing or recording)
         x, mask, features, dtype = _flax_rules.prepare(
             self,
-            jnp.asarray(x),
+            _shapes.as_x(x),
             mask,
             [self.param_dtype] * (self.use_scale or self.use_bias),
         )

@@ -515,9 +515,9 @@ def test_errors_name_all_that_is_wrong():
     with pytest.raises(TypeError, match=r"must be an equinox.nn.BatchNorm; got object"):
         convert.from_equinox(object(), object())
     params, state = jaxbn.init(5)
-    with pytest.raises(TypeError, match=r"jaxbn.Params and a jaxbn.State; got State"):
+    with pytest.raises(TypeError, match=r"`params` must be a jaxbn.Params; got State"):
         convert.to_torch(state, params)
-    with pytest.raises(TypeError, match="got Params and tuple"):
+    with pytest.raises(TypeError, match=r"`state` must be a jaxbn.State; got tuple"):
         convert.to_keras(params, tuple(state))
 
 

@@ -53,6 +53,16 @@ def sound():
     return x, recalibrate(Net(), variables, [x], train=True)
 
 
+def test_a_model_in_a_jit():
+    """nn.jit runs a module once and keeps what came out: here it must run each time."""
+    x = jnp.array([[-1.0, 2.0], [1.0, 4.0]])
+    norm = nn.jit(BatchNorm)(use_running_average=True)
+    variables = norm.init(jax.random.key(0), x)
+    for shift in (0, 0, 1):
+        [found] = inspect_statistics(variables, norm, [x + shift])
+        np.testing.assert_allclose(found.kl, [shift / 2, (3 + shift) ** 2 / 2], 1e-4)
+
+
 def layer(mean, var, scale=None, data=None, epsilon=1e-5):
     """A record, from lists."""
     arrays = [np.asarray(a, np.float64) for a in (mean, var)]

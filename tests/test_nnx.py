@@ -52,6 +52,25 @@ def test_arguments_are_flax_arguments_then_ours():
             assert ours[name].kind == parameter.kind
 
 
+def test_arguments_of_renorm_are_those_of_batch_norm_and_its_limits(monkeypatch):
+    plain = dict(inspect.signature(BatchNorm.__init__).parameters)
+    renorm = dict(inspect.signature(BatchRenorm.__init__).parameters)
+    del plain["ghost_batch_size"]  # its statistics are those of the whole batch
+    assert list(renorm) == [*list(plain)[:2], "r_max", "d_max", *list(plain)[2:]]
+    assert plain.items() <= renorm.items()
+
+    given, got = {name: object() for name in plain if name != "self"}, {}
+    monkeypatch.setattr(
+        BatchNorm,
+        "__init__",
+        lambda self, num_features, **kwargs: got.update(
+            kwargs, num_features=num_features
+        ),
+    )
+    BatchRenorm(**given)
+    assert got == given
+
+
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("use_scale", [False, True])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
@@ -334,9 +353,8 @@ def test_integers_give_the_bits_of_linen():
 
 
 def test_ghosts_are_no_renorm():
-    norm = make(4, BatchRenorm, ghost_batch_size=4)
-    with pytest.raises(ValueError, match="`ghost_batch_size` must be None"):
-        norm(draw(8, 4))
+    with pytest.raises(TypeError, match=r"unexpected .* 'ghost_batch_size'"):
+        make(4, BatchRenorm, ghost_batch_size=4)
 
 
 # --- Transformations of NNX -----------------------------------------------------------

@@ -226,3 +226,23 @@ def test_errors(trained):
         recalibrate(
             flax_net, flax_net.init(jax.random.key(0), x, True), [x], train=True
         )
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_model_in_a_jit(trained, sequential):
+    """nn.jit runs a module once and keeps what came out: here it must run each time."""
+
+    class Evaluated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Net(name="net")(x, train=False)
+
+    x, variables = trained
+    variables = {name: {"net": tree} for name, tree in variables.items()}
+    model, split = nn.jit(Evaluated)(), [x[:30], x[30:]]
+    for data in (split, split, [2 * batch for batch in split]):
+        got = recalibrate(model, variables, data, sequential=sequential)
+        want = recalibrate(Evaluated(), variables, data, sequential=sequential)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want
+        )

@@ -174,6 +174,9 @@ nnx.BatchNorm(4, 0.9, rngs=rngs)  # wrong
 nnx.BatchNorm("four", rngs=rngs)  # wrong
 nnx.BatchNorm(4, rngs=rngs)(x, False, x > 0)  # wrong
 nnx.BatchNorm(4, rngs=rngs).scale[...]  # wrong
+nnx.BatchRenorm(4, momentun=0.9, rngs=rngs)  # wrong
+nnx.BatchRenorm(4, debias="yes", rngs=rngs)  # wrong
+nnx.BatchRenorm(4, ghost_batch_size=2, rngs=rngs)  # wrong
 """
 
 
