@@ -1,4 +1,4 @@
-"""The API page: the command in tests/api_template/module.html.jinja2 renders it, all of it."""
+"""The API page, all of it, as tests/api_template/module.html.jinja2 renders it."""
 
 import importlib
 import inspect
