@@ -40,9 +40,9 @@ def check_mapping(name: str, value: Any) -> None:
 
 
 def check_iterable(name: str, value: Any, of: str) -> None:
-    """Refuses what cannot be iterated over, and one string in place of several."""
+    """Refuses what cannot be iterated over, and one of several in their place."""
     is_iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-    if isinstance(value, str) or not is_iterable:
+    if isinstance(value, str | Mapping) or not is_iterable:
         raise TypeError(f"`{name}` must be an iterable of {of}; got {kind(value)}")
 
 

@@ -10,8 +10,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from jaxbn import _checks
+from jaxbn._measure import Path
 from jaxbn._moments import Moments
-from jaxbn._recalibrate import Measurement, Path
+from jaxbn._recalibrate import Measurement
 
 # An index into the layer's `mean`: `(5,)`, or longer in a stack (nn.scan) of layers.
 Channel = tuple[int, ...]

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbn import _checks, _measure, _recording
-from jaxbn._measure import Path as Path
+from jaxbn._measure import Path
 from jaxbn._model_linen import check_module, unseen
 from jaxbn._moments import Moments
 
@@ -49,7 +50,8 @@ def recalibrate(
         was. A feature for which nothing was counted, or not finite, keeps its old ones.
 
     Raises:
-        ValueError: There are no batches, or no batch norms of jaxbn in the model.
+        ValueError: There are no batches, or no batch norms of jaxbn in the model, or,
+            without `sequential`, a batch has one element per feature.
         TypeError: `sequential` with `batches` that can be iterated only once.
 
     Examples:
@@ -109,6 +111,8 @@ def _replace(variables: dict[str, Any], moments: dict[Path, Moments]) -> dict[st
     """`variables` with means and variances from `moments`, where there are any."""
     flat: dict[Any, Any] = dict(flatten_dict(variables["batch_stats"]))
     for path, new in moments.items():
-        mean, var = (*path, "mean"), (*path, "var")
-        flat[mean], flat[var] = _measure.statistics(new, flat[mean], flat[var])
+        keys = (*path, "mean"), (*path, "var")
+        boxes = [flat[key] for key in keys]  # with metadata, or plain arrays
+        values = _measure.statistics(new, *nn.meta.unbox(boxes))
+        flat.update(zip(keys, nn.meta.replace_boxed(boxes, list(values)), strict=True))
     return variables | {"batch_stats": unflatten_dict(flat)}

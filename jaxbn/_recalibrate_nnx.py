@@ -39,7 +39,8 @@ def recalibrate(
             running statistics.
 
     Raises:
-        ValueError: There are no batches, or the model calls no batch norm of jaxbn.
+        ValueError: There are no batches, or the model calls no batch norm of jaxbn, or,
+            without `sequential`, a batch has one element per feature.
         TypeError: `sequential` with `batches` that can be iterated only once.
 
     Examples:
@@ -134,8 +135,8 @@ class Recorded(nnx.Module):
 
     def add(self, x: jax.Array, features: tuple[int, ...], mask: Any) -> None:
         """Records x."""
-        so_far, batch = self.moments, _recording.moments_of(x, features, mask)
-        self.recording.called.append((self.path, batch.mean.shape))
+        so_far = self.moments
+        batch = self.recording.moments_of(self.path, x, features, mask)
         pairs = zip(batch, so_far, strict=True)
         batch = Moments(*(new.astype(old.dtype) for new, old in pairs))
         num_elements, mean, var = merge_moments(so_far, batch)

@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn import _shapes
 from jaxbn._moments import Moments, batch_moments
+
+HINT = "put it together with another one; if x is all there is, write [x]"
 
 # The names of the variables that hold the moments in Linen, beside mean and var.
 NAMES = tuple(f"recorded_{name}" for name in Moments._fields)
@@ -25,12 +28,16 @@ class Recording:
     use_running_average: bool
     called: list[tuple[Any, tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
-
-def moments_of(x: jax.Array, features: tuple[int, ...], mask: Any) -> Moments:
-    """The moments of x, with a count for each feature."""
-    batch = batch_moments(x, axis=features, mask=mask)
-    count = jnp.broadcast_to(batch.num_elements, batch.mean.shape)
-    return batch._replace(num_elements=count)
+    def moments_of(
+        self, path: Any, x: jax.Array, features: tuple[int, ...], mask: Any
+    ) -> Moments:
+        """The moments of what this module is given, with a count for each feature."""
+        if not self.use_running_average:  # y would be the bias, and spoil what follows
+            _shapes.check_count(x.shape, features, 1, "each of `batches`", HINT)
+        batch = batch_moments(x, axis=features, mask=mask)
+        self.called.append((path, batch.mean.shape))
+        count = jnp.broadcast_to(batch.num_elements, batch.mean.shape)
+        return batch._replace(num_elements=count)
 
 
 def nothing(mean: jax.Array) -> Moments:

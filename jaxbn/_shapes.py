@@ -149,7 +149,11 @@ def row_mask_hint(mask: jax.Array) -> str:
 
 
 def check_count(
-    shape: tuple[Any, ...], features: tuple[int, ...], devices: int, where: str
+    shape: tuple[Any, ...],
+    features: tuple[int, ...],
+    devices: int,
+    where: str,
+    hint: str = "under vmap or shard_map, name the batch axis: `axis_name`",
 ) -> None:
     """Refuses a training batch with one element per feature, over all devices."""
     reduced = reduction_axes(features, len(shape))
@@ -158,7 +162,7 @@ def check_count(
         raise ValueError(
             f"{where} needs more than one element per feature, since the mean of one "
             f"element is itself; got x with shape {shape} and features on "
-            f"{features} (under vmap or shard_map, name the batch axis: `axis_name`)"
+            f"{features} ({hint})"
         )
 
 

@@ -153,8 +153,7 @@ class BatchNorm(_flax_rules.PlainRules, nn.Module):
             else None,
         )
         if recording is not None:
-            recording.called.append((self.path, shape))
-            _record(self, _recording.moments_of(x, features, mask))
+            _record(self, recording.moments_of(self.path, x, features, mask))
         y, state = _flax_rules.apply(
             self,
             x,

@@ -742,11 +742,11 @@ ROWS = {
     ],
     "linen.inspect_statistics.batches": [
         (None, ValueError, "`batches` must be given with `model`; got None"),
-        *((bad, TypeError, BATCHES) for bad in (1, object(), WORD)),
+        *((bad, TypeError, BATCHES) for bad in (1, object(), WORD, {"x": x()})),
         ([], ValueError, "`batches` must hold at least one batch; got none"),
     ],
     "batches": [
-        *((bad, TypeError, BATCHES) for bad in (None, 1, object(), WORD)),
+        *((bad, TypeError, BATCHES) for bad in (None, 1, object(), WORD, {"x": x()})),
         ([], ValueError, "`batches` must hold at least one batch; got none"),
     ],
     "sequential": static_bool("sequential"),
@@ -763,7 +763,7 @@ ROWS = {
         for function in ("recalibrate", "inspect_statistics", "weight_decay_mask")
     },
     "nnx.inspect_statistics.batches": [
-        *((bad, TypeError, BATCHES) for bad in (1, object(), WORD)),
+        *((bad, TypeError, BATCHES) for bad in (1, object(), WORD, {"x": x()})),
         ([], ValueError, "`batches` must hold at least one batch; got none"),
     ],
 }

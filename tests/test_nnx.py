@@ -857,7 +857,7 @@ class TestRecalibrate:
         return net, variables
 
     @pytest.mark.parametrize("sequential", [False, True])
-    @pytest.mark.parametrize("cuts", [[60], [1, 60]], ids=str)
+    @pytest.mark.parametrize("cuts", [[60], [2, 60]], ids=str)
     def test_equals_linen(self, sequential, cuts):
         net, variables = self.trained()
         batches = [self.x[i:j] for i, j in zip([0, *cuts], cuts, strict=False)]
@@ -879,6 +879,14 @@ class TestRecalibrate:
             nnx.to_pure_dict(nnx.state(net, nnx.Param)),
             nnx.to_pure_dict(nnx.state(self.trained()[0], nnx.Param)),
         )
+
+    def test_a_batch_of_one_is_refused_and_nothing_moves(self):
+        net, _ = self.trained()
+        before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(net)))
+        with pytest.raises(ValueError, match="each of `batches` needs more than one"):
+            jaxbn.nnx.recalibrate(net, [self.x[1:], self.x[:1]])
+        after = nnx.to_pure_dict(nnx.state(net))
+        jax.tree.map(np.testing.assert_array_equal, after, before)
 
     def test_modes_and_counts_and_random_streams_stay(self):
         class Noisy(nnx.Module):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate
+from jaxbn.linen import BatchNorm, BatchRenorm, inspect_statistics, recalibrate
 
 
 class Net(nn.Module):
@@ -246,3 +246,38 @@ def test_a_model_in_a_jit(trained, sequential):
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want
         )
+
+
+@pytest.mark.parametrize("measure", ["recalibrate", "inspect_statistics"])
+def test_batches_of_one_are_refused(trained, measure):
+    """Such a batch is normalized to nothing, and later layers would get a variance 0.
+
+    So is every row of x, given in place of [x].
+    """
+    x, variables = trained
+    run = {
+        "recalibrate": lambda data: recalibrate(Net(), variables, data, train=True),
+        "inspect_statistics": lambda data: inspect_statistics(
+            variables, Net(), data, train=True
+        ),
+    }[measure]
+    for data in (x, [x[:-1], x[-1:]]):
+        with pytest.raises(ValueError, match=r"each of `batches` needs more than one"):
+            run(data)
+
+
+def test_batches_of_one_are_exact_in_turn(trained):
+    x, variables = trained
+    split = [x[:-1], x[-1:]]
+    got = recalibrate(Net(), variables, split, sequential=True, train=True)
+    for i in range(3):
+        check_layer(x, got, i)
+
+
+def test_boxed_statistics_stay_boxed(trained):
+    x, variables = trained
+    want = recalibrate(Net(), variables, [x], train=True)["batch_stats"]
+    box = functools.partial(nn.Partitioned, names=("features",))
+    boxed = variables | {"batch_stats": jax.tree.map(box, variables["batch_stats"])}
+    got = recalibrate(Net(), boxed, [x], train=True)["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(box, want))
