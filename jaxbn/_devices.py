@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxbn import _checks
+
 AxisName = Hashable | tuple[Hashable, ...] | None
 Groups = tuple[tuple[int, ...], ...] | None
 
@@ -23,6 +25,8 @@ def check_axis_name(axis_name: Any, groups: Any) -> tuple[AxisName, Groups]:
             raise ValueError("`axis_index_groups` needs `axis_name`; got None")
         return None, None
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not all(isinstance(name, Hashable) for name in names):
+        raise TypeError(f"`axis_name` must be a name or several; got {axis_name!r}")
     if len(set(names)) < len(names):
         # JAX 0.11 and 0.12 abort the process on a doubled name.
         raise ValueError(f"`axis_name` must name each axis once; got {axis_name!r}")
@@ -34,7 +38,7 @@ def check_axis_name(axis_name: Any, groups: Any) -> tuple[AxisName, Groups]:
 def _check_bound(name: Hashable) -> None:
     try:
         lax.axis_size(name)
-    except NameError:
+    except (NameError, ValueError):  # the second one of an int
         bound = tuple(jax.sharding.get_abstract_mesh().manual_axes)
         raise ValueError(
             f"`axis_name` {name!r} is not bound here; it must be an axis of the "
@@ -45,14 +49,19 @@ def _check_bound(name: Hashable) -> None:
 def _check_groups(groups: Sequence[Sequence[int]] | None, size: int) -> Groups:
     if groups is None:
         return None
-    groups = tuple(tuple(int(i) for i in group) for group in groups)
-    members = sorted(i for group in groups for i in group)
-    if members != list(range(size)) or len({len(group) for group in groups}) != 1:
+    try:
+        held = tuple(tuple(group) for group in groups)
+    except TypeError:  # something else than groups
+        held = ()
+    members = [i for group in held for i in group]
+    ints = all(map(_checks.is_int, members))
+    one_size = len({len(group) for group in held}) == 1
+    if not (ints and one_size and sorted(members) == list(range(size))):
         raise ValueError(
             f"`axis_index_groups` must be groups of one size that hold each of the "
-            f"{size} indices of `axis_name` once; got {groups}"
+            f"{size} indices of `axis_name` once; got {groups!r}"
         )
-    return groups
+    return tuple(tuple(map(int, group)) for group in held)
 
 
 def group_size(axis_name: AxisName, groups: Groups) -> int:

@@ -390,6 +390,8 @@ AXIS_NAME = [
     ("nowhere", ValueError, "'nowhere' is not bound here"),
     (("nowhere", "no"), ValueError, "'nowhere' is not bound here"),
     (NAN, ValueError, "nan is not bound here"),
+    (0, ValueError, "0 is not bound here"),
+    (np.array(["d"]), TypeError, "must be a name or several; got array"),
     (("d", "d"), ValueError, r"must name each axis once; got \('d', 'd'\)"),
 ]
 X = [

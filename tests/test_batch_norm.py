@@ -381,7 +381,8 @@ def test_bad_argument(name):
 
 def test_bad_groups():
     x = jnp.ones((4, 3, 5))
-    for groups in ([[0, 1], [2]], [[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2, 4]]):
+    sizes = [[0, 1], [2]], [[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2, 4]], []
+    for groups in (*sizes, [0, 1, 2, 3], 4, "ab", [[0.0, 1.0], [2.0, 3.9]]):
         with pytest.raises(ValueError, match="each of the 4 indices of `axis_name`"):
             jax.vmap(
                 lambda x, groups=groups: call(
