@@ -11,7 +11,7 @@ from jaxbn.cli import _check_cases
 
 
 def test_all_is_well_on_eight_devices(tmp_path, capsys):
-    file = tmp_path / "check.json"
+    file = tmp_path / "new" / "check.json"
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert main(["check", "--json", str(file)]) == 0
     assert "FAILED" not in capsys.readouterr().out
@@ -55,8 +55,12 @@ def test_a_planted_error_is_found(monkeypatch, capsys, name, planted, case, quan
     assert _check_cases.errors(few[1], 0)[quantity] > few[1].tolerance()
 
 
-@pytest.mark.parametrize("flags", [["--devices", "0"], ["--seed", "-1"], ["--what"]])
-def test_wrong_flags_are_one_line(flags, capsys):
+@pytest.mark.parametrize(
+    "flags", [["--devices", "0"], ["--seed", "-1"], ["--what"], ["--json", "."]]
+)
+def test_wrong_flags_are_one_line(flags, capsys, monkeypatch):
+    """Before anything is computed."""
+    monkeypatch.delattr(_check_cases, "cases")
     with pytest.raises(SystemExit) as caught:
         main(["check", *flags])
     assert caught.value.code == 2

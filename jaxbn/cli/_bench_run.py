@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from jaxbn.cli import (
     _bench_memory,
     _bench_report,
 )
-from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._bench_measure import Limits
 from jaxbn.cli._bench_peers import PEERS, find
 from jaxbn.cli._bench_results import Results
 from jaxbn.cli._bench_session import Session
 from jaxbn.cli._bench_suite import Group
-from jaxbn.cli._files import write
+from jaxbn.cli._files import make_room, write
 from jaxbn.cli._run import deferred_interrupts
 
 
@@ -49,9 +47,7 @@ def execute(plan: Plan) -> int:
       CommandError: A file cannot be written.
     """
     for path in (plan.json, plan.png):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise CommandError(f"cannot write the file {path}")
+        make_room(path)
     _bench_memory.keep_freed_memory()
     _bench_collectives.ask_for_two_cpu_devices()
     found, missing = find(plan.peers)

@@ -14,7 +14,13 @@ from jaxbn.cli import _bench_machine, _check_cases, _files
 
 
 def execute(devices: int | None, seed: int, json_file: Path | None) -> int:
-    """Check everything; 0 where all errors are within their tolerance, else 1."""
+    """Check everything; 0 where all errors are within their tolerance, else 1.
+
+    Raises:
+      CommandError: The file cannot be written.
+    """
+    if json_file is not None:
+        _files.make_room(json_file)
     if devices:
         # Has come too late where JAX has its devices.
         with contextlib.suppress(RuntimeError):

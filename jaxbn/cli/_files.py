@@ -43,6 +43,17 @@ def write(path: Path, data: bytes) -> None:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
 
+def make_room(path: Path) -> None:
+    """Make the folder of a file that is written at the end, and refuse it at once.
+
+    Raises:
+      CommandError: `write` could not write it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise CommandError(f"cannot write the file {path}")
+
+
 def checkpoint(folder: Path, norm: str) -> Path:
     """Where the checkpoint of one norm is."""
     return folder / f"{norm}.msgpack"

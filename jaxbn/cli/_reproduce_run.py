@@ -23,7 +23,6 @@ from rich.progress import (
 from rich.table import Table
 
 from jaxbn.cli import _digits, _files
-from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._reproduce_settings import EXPERIMENTS, Experiment, Variant
 from jaxbn.cli._reproduce_training import Accuracies, train
 from jaxbn.cli._run import deferred_interrupts
@@ -47,9 +46,7 @@ def execute(name: str, seeds: int, epochs: int | None, file: Path) -> int:
     Raises:
       CommandError: The file cannot be written.
     """
-    if file.is_dir():
-        raise CommandError(f"--json {file} is a folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _files.make_room(file)
     experiment = EXPERIMENTS[name]
     if epochs is not None:
         variants = (
