@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxbn._inspect import LayerStatistics, _double, _usable
+from jaxbn._layer_statistics import LayerStatistics, layer_statistics, worst_first
 from jaxbn._model_nnx import batch_norms, check_module
 from jaxbn._moments import Moments
 from jaxbn._recalibrate_nnx import Measurement
@@ -54,17 +54,11 @@ def inspect_statistics(
         order.sort(key=lambda path: [*measure.depths, path].index(path))
 
     def record(path: Any) -> LayerStatistics:
-        norm, data = norms[path], moments.get(path)
-        if data is not None:
-            data = Moments(*map(_double, data))
-        return LayerStatistics(
-            path=tuple(map(str, path)),
-            mean=_double(norm.mean[...]),
-            var=_double(norm.var[...]),
-            scale=None if norm.scale is None else _double(norm.scale[...]),
-            data=data if data is not None and _usable(data).any() else None,
-            epsilon=norm.epsilon,
+        norm, names = norms[path], tuple(map(str, path))
+        mean, var = norm.mean[...], norm.var[...]
+        scale = None if norm.scale is None else norm.scale[...]
+        return layer_statistics(
+            names, mean, var, scale, moments.get(path), norm.epsilon
         )
 
-    # Of layers with the same divergence, the one that is called first.
-    return sorted(map(record, order), key=lambda layer: -(layer.mean_kl or 0))
+    return worst_first(map(record, order))

@@ -9,7 +9,8 @@ from jax.nn import initializers
 
 from jaxbn import _checks, _flax_rules, _recording, _shapes
 from jaxbn._batch_norm import Params
-from jaxbn._inspect import LayerStatistics, inspect_statistics
+from jaxbn._inspect import inspect_statistics
+from jaxbn._layer_statistics import LayerStatistics
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._recalibrate import recalibrate
 from jaxbn._renorm import ramp_d_max, ramp_r_max

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxbn._inspect import (
+from jaxbn._layer_statistics import (
     DEAD,
     EPSILON,
     LARGEST_KL,

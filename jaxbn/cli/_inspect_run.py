@@ -10,7 +10,8 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from jaxbn._inspect import LayerStatistics, inspect_statistics
+from jaxbn._inspect import inspect_statistics
+from jaxbn._layer_statistics import LayerStatistics
 from jaxbn.cli import _digits, _files, _inspect_report
 from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._settings import from_checkpoint
