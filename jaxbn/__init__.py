@@ -13,7 +13,8 @@ from jaxbn._fold_tree import fold_tree
 from jaxbn._ghost import ghost_batch_norm
 from jaxbn._moments import Moments, batch_moments, merge_moments
 from jaxbn._normalize import backward, forward
-from jaxbn._renorm import batch_renorm, ramp_d_max, ramp_r_max
+from jaxbn._renorm import batch_renorm
+from jaxbn._renorm_limits import ramp_d_max, ramp_r_max
 from jaxbn._running import State, update_state
 
 __all__ = [

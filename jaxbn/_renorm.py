@@ -1,66 +1,24 @@
 """Batch renormalization: batch norm that trains on what inference will use."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from jaxbn import _affine, _normalize, _shapes
 from jaxbn._affine import Config
 from jaxbn._batch_norm import Params, apply_batch_norm
 from jaxbn._moments import Moments, moments
+from jaxbn._renorm_limits import (
+    Limit,
+    check_limit,
+    limit_now,
+    ramp_d_max,
+    ramp_r_max,
+)
 from jaxbn._running import State
-
-# A number, an array, or a schedule: a function of the number of updates so far.
-Limit = Any | Callable[[jax.Array], Any]
-
-
-def ramp_r_max(num_updates: jax.Array) -> jax.Array:
-    """The paper's r_max: 1 for 5,000 updates, then in a line to 3 at 40,000.
-
-    Args:
-        num_updates: Of any shape, as in `jaxbn.State`.
-
-    Raises:
-        TypeError: `num_updates` is not made of real numbers.
-
-    Examples:
-        >>> import jax.numpy as jnp, jaxbn
-        >>> print(jaxbn.ramp_r_max(jnp.array([0, 5000, 22500, 99999])))
-        [1. 1. 2. 3.]
-
-    Source: Ioffe, "Batch Renormalization", 2017, section 4.1.
-    """
-    return 1 + 2 * _ramp(num_updates, 5_000, 40_000)
-
-
-def ramp_d_max(num_updates: jax.Array) -> jax.Array:
-    """The paper's d_max: 0 for 5,000 updates, then in a line to 5 at 25,000.
-
-    Args:
-        num_updates: Of any shape, as in `jaxbn.State`.
-
-    Raises:
-        TypeError: `num_updates` is not made of real numbers.
-
-    Examples:
-        >>> import jax.numpy as jnp, jaxbn
-        >>> print(jaxbn.ramp_d_max(jnp.array([0, 5000, 15000, 99999])))
-        [0.  0.  2.5 5. ]
-
-    Source: Ioffe, "Batch Renormalization", 2017, section 4.1.
-    """
-    return 5 * _ramp(num_updates, 5_000, 25_000)
-
-
-def _ramp(num_updates: jax.Array, begin: int, end: int) -> jax.Array:
-    t = _real("num_updates", num_updates).astype(jnp.float32)
-    return jnp.clip((t - begin) / (end - begin), 0, 1)
 
 
 def batch_renorm(
@@ -158,37 +116,6 @@ def as_renorm(r_max: Limit, d_max: Limit) -> dict[str, Any]:
     return {"normalize": functools.partial(renormalize, **limits)}
 
 
-def check_limit(name: str, limit: Limit, least: int) -> Limit:
-    """`limit` as it came; a number in it that is too small is refused."""
-    if callable(limit):
-        return limit
-    _real(name, limit)
-    # `limit` itself: under jit the array of a number is a tracer.
-    if not isinstance(limit, Tracer) and not np.all(np.asarray(limit) >= least):
-        raise ValueError(f"`{name}` must be at least {least}; got {limit}")
-    return limit
-
-
-def _limit_now(
-    name: str, limit: Limit, num_updates: jax.Array, like: jax.Array
-) -> jax.Array:
-    """`limit` after `num_updates`, in the dtype of `like`, to which it broadcasts."""
-    value = _real(name, limit(num_updates) if callable(limit) else limit)
-    if not _shapes.broadcasts(value.shape, like.shape):
-        raise ValueError(
-            f"`{name}` must broadcast to the features {like.shape}; got {value.shape}"
-        )
-    return jnp.broadcast_to(value.astype(like.dtype), like.shape)
-
-
-def _real(name: str, value: Any) -> jax.Array:
-    """`value` as an array of real numbers."""
-    array = _shapes.as_array(name, value)
-    if jnp.iscomplexobj(array) or array.dtype == jnp.bool_:
-        raise TypeError(f"`{name}` must be real numbers; got dtype {array.dtype}")
-    return array
-
-
 def renormalize(
     config: Config,
     derivative: str,
@@ -209,8 +136,8 @@ def renormalize(
     r = rstd / _affine.rstd_of(batch.var, config.epsilon, dtype)
     d = (batch.mean - _affine.cast(state.mean, dtype)) * rstd
 
-    largest = _limit_now("r_max", r_max, state.num_updates, r.real)
-    furthest = _limit_now("d_max", d_max, state.num_updates, r.real)
+    largest = limit_now("r_max", r_max, state.num_updates, r.real)
+    furthest = limit_now("d_max", d_max, state.num_updates, r.real)
     r = jnp.clip(r.real, 1 / largest, largest).astype(dtype)
     # By its length, as d is complex where x is; the same as a clip where d is real.
     length = jnp.maximum(abs(d), jnp.finfo(r.real.dtype).tiny)

@@ -9,7 +9,7 @@ from jax.nn import initializers
 
 from jaxbn import _flax_rules, _shapes
 from jaxbn._batch_norm_nnx import NO_METADATA, BatchNorm
-from jaxbn._renorm import ramp_d_max, ramp_r_max
+from jaxbn._renorm_limits import ramp_d_max, ramp_r_max
 
 
 class BatchRenorm(_flax_rules.RenormRules, BatchNorm):

@@ -13,7 +13,7 @@ from jaxbn._inspect import inspect_statistics
 from jaxbn._layer_statistics import LayerStatistics
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._recalibrate import recalibrate
-from jaxbn._renorm import ramp_d_max, ramp_r_max
+from jaxbn._renorm_limits import ramp_d_max, ramp_r_max
 from jaxbn._running import State, new_state
 from jaxbn._weight_decay import weight_decay_mask
 
