@@ -244,7 +244,7 @@ def test_none_outlives_a_process_whose_disk_is_full(tmp_path, processes):
 
 
 def test_none_waits_for_a_process_that_hangs(tmp_path, processes):
-    code = "from jaxbn.cli import _processes as p\np.SILENT_SECONDS = 8\n"
+    code = "from jaxbn.cli import _watch as w\nw.SILENT_SECONDS = 8\n"
     processes.pair(*ENDLESS, "--out", tmp_path / "run", code=code)
     processes.wait_for_checkpoint(tmp_path / "run", 22)
     processes.all[1].send_signal(signal.SIGSTOP)
@@ -255,7 +255,7 @@ def test_none_waits_for_a_process_that_hangs(tmp_path, processes):
 
 
 def test_processes_wait_for_each_other_for_a_time(tmp_path, processes):
-    code = "from jaxbn.cli import _processes as p\np.JOIN_SECONDS = 2\n"
+    code = "from jaxbn.cli import _watch as w\nw.JOIN_SECONDS = 2\n"
     port = free_port()
     flags = (*SHORT, "--out", tmp_path / "run")
     processes.start(*group(port, 1), *flags, code=code)

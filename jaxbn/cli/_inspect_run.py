@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jaxbn._inspect import inspect_statistics
 from jaxbn._layer_statistics import LayerStatistics
-from jaxbn.cli import _digits, _files, _inspect_report
+from jaxbn.cli import _digits, _files, _inspect_picture, _inspect_report
 from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._settings import from_checkpoint
 from jaxbn.cli._training import Network, Trainer
@@ -60,7 +60,7 @@ def execute(checkpoint: Path, json: Path | None, png: Path | None) -> int:
     if lines := _inspect_report.verdict(found.layers, found.test_accuracy):
         say(lines)
     figures = _inspect_report.to_json(str(path), found.layers, found.test_accuracy)
-    picture = _inspect_report.picture(path.name, found.layers)
+    picture = _inspect_picture.picture(path.name, found.layers)
     for file, data in ((json, figures), (png, picture)):
         file.parent.mkdir(parents=True, exist_ok=True)
         _files.write(file, data)

@@ -1,28 +1,22 @@
-"""The processes of a run: how they find each other, and that none outlives another."""
+"""The processes of a run: how they find each other."""
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import socket
 import sys
-import threading
-import time
-import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.extend
 
+from jaxbn.cli import _watch
 from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._mesh import Mesh
-
-# Seconds that the processes wait for each other at the start, and for a sign of life.
-JOIN_SECONDS = 60
-SILENT_SECONDS = 15
+from jaxbn.cli._watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +56,7 @@ def joined(group: Group, flags: Mapping[str, Any]) -> Iterator[Mesh]:
         yield Mesh(_devices(group))
         return
     _check_that_coordinator_can_listen(group)
-    watch = _Watch(group)
+    watch = Watch(group.process_id, group.num_processes)
     try:
         client = _connect(group)
         watch.begin(client)
@@ -125,17 +119,17 @@ def _connect(group: Group) -> Any:
         group.process_id,
         cluster_detection_method="deactivate",
         coordinator_bind_address=address,
-        # Much later than `_Watch`, which says it in a line. JAX aborts.
-        initialization_timeout=2 * JOIN_SECONDS,
-        heartbeat_timeout_seconds=10 * SILENT_SECONDS,
-        shutdown_timeout_seconds=2 * SILENT_SECONDS,
+        # Much later than `Watch`, which says it in a line. JAX aborts.
+        initialization_timeout=2 * _watch.JOIN_SECONDS,
+        heartbeat_timeout_seconds=10 * _watch.SILENT_SECONDS,
+        shutdown_timeout_seconds=2 * _watch.SILENT_SECONDS,
     )
     # JAX 0.10 to 0.12 have no public way to say where gloo listens.
     from jax._src import distributed, xla_bridge
     from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
     client = distributed.global_state.client
-    with socket.create_connection(group.coordinator, JOIN_SECONDS) as connection:
+    with socket.create_connection(group.coordinator, _watch.JOIN_SECONDS) as connection:
         own_host = connection.getsockname()[0]
     collectives = _jax.make_gloo_tcp_collectives(client, hostname=own_host)
     jax.extend.backend.register_backend_factory(
@@ -157,7 +151,9 @@ def _compare(group: Group, client: Any, flags: Mapping[str, Any]) -> None:
     own = json.loads(json.dumps(flags))
     for process in range(group.num_processes):
         other = json.loads(
-            client.blocking_key_value_get(f"jaxbn/flags/{process}", 1000 * JOIN_SECONDS)
+            client.blocking_key_value_get(
+                f"jaxbn/flags/{process}", 1000 * _watch.JOIN_SECONDS
+            )
         )
         for name in own:
             if own[name] != other[name]:
@@ -178,69 +174,3 @@ def _no_stdout() -> Iterator[None]:
         finally:
             os.dup2(kept, 1)
             os.close(kept)
-
-
-class _Watch:
-    """Ends this process when another one gives no sign of life.
-
-    A collective with a process that has died raises an error, or waits for ever; and
-    a call to a coordinator that hangs does not return. So one thread exchanges signs
-    of life by way of the coordinator, and a second one only looks at the clock.
-    """
-
-    def __init__(self, group: Group):
-        self.group = group
-        self.stopped = threading.Event()
-        self.limit = JOIN_SECONDS
-        others = [i for i in range(group.num_processes) if i != group.process_id]
-        self.heard = dict.fromkeys(others, time.monotonic())
-        self._once = threading.Lock()
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while not self.stopped.wait(0.5):
-            late = time.monotonic() - self.limit
-            silent = [process for process, at in self.heard.items() if at < late]
-            if silent:  # if the coordinator, process 0, is, then so are all
-                self.end(f"no sign of life from process {silent[0]}", 1)
-
-    def begin(self, client: Any) -> None:
-        """All have joined: from now on they send signs of life."""
-        self.heard = dict.fromkeys(self.heard, time.monotonic())
-        self.limit = SILENT_SECONDS
-        threading.Thread(target=self._exchange, args=[client], daemon=True).start()
-
-    def _exchange(self, client: Any) -> None:
-        seen = {}
-        own = f"jaxbn/alive/{self.group.process_id}"
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no coordinator
-            for number in itertools.count():
-                client.key_value_set(own, str(number), allow_overwrite=True)
-                for key, value in client.key_value_dir_get("jaxbn/alive/"):
-                    if seen.get(key) != value:
-                        seen[key] = value
-                        self.heard[int(key.rpartition("/")[2])] = time.monotonic()
-                if self.stopped.wait(1):
-                    return
-
-    def fail(self, error: BaseException) -> NoReturn:
-        """End this process because of an error in it."""
-        if isinstance(error, CommandError | OSError):
-            self.end(str(error), 2)
-        if isinstance(error, KeyboardInterrupt):
-            self.end("interrupted", 130)
-        if "Gloo" in str(error):  # a RuntimeError or a ValueError
-            self.end("another process has ended, or cannot be reached", 1)
-        traceback.print_exception(error)
-        self.end("ended by the error above", 1)
-
-    def end(self, message: str, status: int) -> NoReturn:
-        """End this process, in whichever thread: with one line, and without waiting."""
-        self._once.acquire()
-        line = f"process {self.group.process_id}: {' '.join(message.split())}"
-        print("jaxbn train: error:", line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if self.group.process_id == 0:
-            # JAX aborts those that lose their coordinator: let them say the same first.
-            time.sleep(1)
-        os._exit(status)
