@@ -25,8 +25,7 @@ projection on 1.
 
 The memory traffic, in sizes of x: forward 4 (mean; var; x to y), backward 6 (dbias;
 dscale from x and dy; x and dy to dx). Each of these passes takes its big operands
-through an `optimization_barrier` of its own, since XLA would take what they have in
-common, x - mean or a float32 copy of a bfloat16 x, for one array and write it out.
+through `apart_on_cpu`; `_barriers` says why.
 """
 
 import dataclasses
