@@ -50,7 +50,8 @@ def inspect_statistics(
 
     Raises:
         ValueError: There is no batch norm in the variables or in the model, there are
-            no batches, or one of `model` and `batches` is missing.
+            no batches, one of them has one element per feature, or one of `model` and
+            `batches` is missing.
 
     Examples:
         >>> import jax, jax.numpy as jnp

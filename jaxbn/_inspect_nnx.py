@@ -29,8 +29,8 @@ def inspect_statistics(
         divergence first, without in the order of the model's attributes.
 
     Raises:
-        ValueError: The model has no batch norm of jaxbn or calls none, or there are no
-            batches.
+        ValueError: The model has no batch norm of jaxbn or calls none, there are no
+            batches, or one of them has one element per feature.
 
     Examples:
         >>> import jax.numpy as jnp

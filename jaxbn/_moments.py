@@ -101,7 +101,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
     Raises:
         ValueError: The shapes differ.
-        TypeError: `a` or `b` is something else, or their dtypes differ.
+        TypeError: `a` or `b` is something else, or their dtypes differ or do not fit.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -193,6 +193,11 @@ def check_moments(name: str, moments: Any) -> Moments:
             f"`{name}` must have a mean and a var of one shape, and num_elements of "
             "that or a scalar; got num_elements, mean and var of shapes "
             f"{(num_elements.shape, mean.shape, var.shape)}"
+        )
+    if jnp.iscomplexobj(num_elements) or jnp.iscomplexobj(var):
+        raise TypeError(
+            f"`{name}` must have real num_elements and var; got dtypes "
+            f"{num_elements.dtype} and {var.dtype}"
         )
     return Moments(num_elements, mean, var)
 

@@ -420,6 +420,7 @@ MOMENTS = moments()
 
 def wrong_moments(argument):
     words = f"`{argument}` must be a jaxbn.Moments; got"
+    real = f"`{argument}` must have real num_elements and var; got dtypes"
     shapes = f"`{argument}` must have a mean and a var of one shape"
     return [
         *((bad, TypeError, words) for bad in (None, WORD, 1, tuple(MOMENTS), STATE)),
@@ -427,6 +428,10 @@ def wrong_moments(argument):
         (MOMENTS._replace(var=f32(3)), ValueError, shapes),
         (MOMENTS._replace(num_elements=f32(3)), ValueError, shapes),
         (MOMENTS._replace(mean=np.ones(5, int)), TypeError, rf"`{argument}.mean` must"),
+        *(
+            (MOMENTS._replace(**{name: np.ones(5, np.complex64)}), TypeError, real)
+            for name in ("num_elements", "var")
+        ),
     ]
 
 
