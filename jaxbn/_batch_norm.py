@@ -222,8 +222,11 @@ def apply_batch_norm(
         config = dataclasses.replace(config, axis_name=names, groups=groups)
         together = None if ghost_batch_size else names
         devices = _devices.group_size(together, groups)
-        shape = (ghost_batch_size or x.shape[0], *x.shape[1:])
-        _shapes.check_count(shape, config.features, devices, "training")
+        shape, said = x.shape, ("training",)
+        if ghost_batch_size:
+            shape = (ghost_batch_size, *shape[1:])
+            said = ("each ghost batch", "take a larger `ghost_batch_size`")
+        _shapes.check_count(shape, config.features, devices, *said)
     y, batches = normalize(config, derivative, x, scale, bias, mask, state)
     if initializing:
         return y, state

@@ -104,7 +104,8 @@ def forward(
     Source: batch-norm-formulas, "forward pass"; Ioffe & Szegedy 2015, algorithm 1.
     """
     x, scale, bias, mask, config = check_arguments(x, scale, bias, mask, epsilon, axis)
-    _shapes.check_count(x.shape, config.features, 1, "`forward`")
+    hint = "over an `axis_name` there is `batch_norm`"
+    _shapes.check_count(x.shape, config.features, 1, "`forward`", hint)
     return _forward(config, x, scale, bias, mask)
 
 

@@ -167,7 +167,11 @@ def test_channel_first_and_inference():
         ({"ghost_batch_size": 5}, ValueError, r"divide the 24 rows of x; got 5 \(pad"),
         ({"ghost_batch_size": 0}, ValueError, "must divide the 24 rows of x; got 0"),
         ({"ghost_batch_size": 2.0}, TypeError, "`ghost_batch_size` must be an int"),
-        ({"ghost_batch_size": 1}, ValueError, "more than one element per feature"),
+        (
+            {"ghost_batch_size": 1},
+            ValueError,
+            "each ghost batch needs more than one .*larger `ghost_batch_size`",
+        ),
         ({"ghost_batch_size": 4, "axis": 0}, ValueError, "`axis` must leave axis 0"),
     ],
 )  # fmt: skip
