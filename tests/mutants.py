@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+from conftest import COMPILED
 from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -172,11 +173,12 @@ def run(module: str, old: str, new: str, folder: pathlib.Path) -> str:
     if old not in text:
         return "not found: the list must follow the code"
     path.write_text(text.replace(old, new, 1))
-    tests = [f"tests/{name}.py" for name in TESTS]
+    nearest_first = sorted(TESTS, key=lambda name: name != f"test{module}")
+    tests = [f"tests/{name}.py" for name in nearest_first]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", *tests],
         cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(copy)},
+        env=os.environ | {"PYTHONPATH": str(copy), COMPILED: str(folder / "compiled")},
         capture_output=True,
         text=True,
     )
