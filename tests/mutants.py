@@ -60,7 +60,7 @@ FAULTS = {
         ("offset - (better - mean)]", "jnp.zeros_like(mean)]"),
         ("offset - (better - mean)]", "offset]"),
         ("jnp.any(abs(mean)", "jnp.all(abs(mean)"),
-        ("FAR = 32.0", "FAR = 32e3"),
+        ("FAR = 8.0", "FAR = 8e3"),
         ("FAR * jnp.sqrt(var)", "FAR * var"),
         ("features = (0, *(i + 1 for i in features))", "features = (0, *features)"),
         (
