@@ -21,7 +21,7 @@ collect_ignore = ["clients"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What one worker of this run has compiled, none compiles again: a third of the time.
+# What one worker of this run has compiled, the others read.
 COMPILED = "JAXBN_TESTS_COMPILED"
 if COMPILED not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="jaxbn-tests-")

@@ -186,7 +186,7 @@ BAD = {
     "bias dtype": (
         lambda: call(params=params_like(bias=jnp.ones(5, int))),
         TypeError,
-        "`bias` must be floating point or complex; got dtype int32",
+        r"`bias` must be floating point or complex; got dtype int32",
     ),
     "complex bias": (
         lambda: call(params=params_like(bias=jnp.ones(5, complex))),
