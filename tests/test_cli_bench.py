@@ -336,7 +336,7 @@ def test_json(run):
         gradients = row["mode"] == "forward+backward" and row["contender"] != "copy"
         assert kept is not None if gradients else kept is None
     jaxbn_row = content["rows"][1]
-    # 2 of them are in the branch for means that are far from 0, and so is one all-reduce
+    # 2 of them are in the branch for means that are far from 0, and so is an all-reduce
     # of two sums, which JAX 0.12 leaves apart.
     assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
     assert jaxbn_row["over_jaxbn"] == 1
