@@ -228,8 +228,9 @@ def _merge(rows: jax.Array) -> tuple[Moments, jax.Array]:
     # correction, of the size of the differences.
     offset = _weighted_sum(weight, mean - rough)
     merged = rough + offset
-    var = jnp.where(num_elements > 0, var + abs_squared(mean - merged), 0)
     mean_low = offset - (merged - rough)
+    between = abs_squared(mean - merged - mean_low)
+    var = jnp.where(num_elements > 0, var + between, 0)
     return Moments(total[0], merged[0], _weighted_sum(weight, var)[0]), mean_low[0]
 
 

@@ -101,6 +101,15 @@ class TestMerge:
         # The parts' means are rounded to float32, whose spacing at 1e4 is 1e-3.
         np.testing.assert_allclose(merged.var, var, rtol=1e-3)
 
+    @pytest.mark.parametrize("spoiled", [np.nan, np.inf])
+    def test_a_part_with_nothing_in_it_says_nothing(self, spoiled):
+        _, (part,) = self.parts(slice(None))
+        nothing = jaxbn.Moments(0, jnp.full(4, spoiled), jnp.full(4, spoiled))
+        for pair in ((part, nothing), (nothing, part)):
+            merged = jaxbn.merge_moments(*pair)
+            np.testing.assert_allclose(merged.mean, part.mean, rtol=1e-7)
+            np.testing.assert_allclose(merged.var, part.var, rtol=1e-7)
+
     def test_is_differentiable(self):
         def loss(x, w):
             a, b = jaxbn.batch_moments(x[:5]), jaxbn.batch_moments(x[5:])

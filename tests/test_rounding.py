@@ -144,3 +144,33 @@ def test_two_reads_in_a_branch():
     compiled = jax.jit(step).lower(x, jnp.ones(64)).compile()
     assert " conditional(" in compiled.as_text()
     assert compiled.cost_analysis()["bytes accessed"] / x.nbytes <= 12.1
+
+
+@pytest.mark.parametrize("unit", [2.0**-8, 2.0**12])
+def test_far_is_told_by_the_standard_deviation_alone(unit):
+    """In another unit of x all is the same, epsilon too."""
+    x, dy, scale = draw(1000)
+    got = jax.jit(functools.partial(both, epsilon=1e-5 * unit**2))(x * unit, scale, dy)
+    y, dx, *rest = desired(x, scale, dy)
+    assert_all_close((got[0], got[1] * unit, *got[2:]), (y, dx, *rest), len(x))
+
+
+def test_a_mean_between_two_numbers_over_devices():
+    """The mean of two neighbours is neither; each device has one of them."""
+    a = np.float32(1e6)
+    x = np.array([a, np.nextafter(a, np.float32(np.inf))])[:, None, None]
+    x = np.repeat(x, 4, axis=1)
+    y = jax.vmap(
+        lambda x: jaxbn.batch_norm(x, *jaxbn.init(1), train=True, axis_name="d")[0],
+        axis_name="d",
+    )(x)
+    wanted = oracle.forward(np.float64(x.reshape(-1, 1)), np.ones(1), np.zeros(1))
+    np.testing.assert_allclose(y.reshape(-1, 1), wanted, rtol=1e-6)
+
+
+def test_a_variance_that_overflows_is_inf():
+    """Also where the square of the mean's own error is."""
+    x, *_ = draw(100)
+    _, mean, var = jax.jit(jaxbn.batch_moments)(x * np.float32(1e30))
+    np.testing.assert_array_equal(var, np.inf)
+    np.testing.assert_allclose(mean, 1e30 * oracle.moments(np.float64(x))[1], rtol=1e-6)
