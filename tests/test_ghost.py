@@ -64,12 +64,14 @@ def test_one_group_is_batch_norm(kwargs):
 
 
 @pytest.mark.parametrize("kwargs", MODES, ids=str)
-@pytest.mark.parametrize("poison", ["empty group", "nan", "one feature nan"])
+@pytest.mark.parametrize("poison", ["empty group", "nan", "one feature nan", "var inf"])
 def test_passed_over_groups_leave_the_state_alone(poison, kwargs):
     x, mask = data(), np.ones((24, 1), bool)
     mask[1::5] = False
     if poison == "empty group":
         mask[8:12] = False
+    elif poison == "var inf":
+        x = x.at[9:11].set(jnp.array([[1e30], [-1e30]]))
     else:
         x = x.at[9, slice(None) if poison == "nan" else 1].set(jnp.nan)
     got = jaxbn.ghost_batch_norm(
