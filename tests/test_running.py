@@ -181,3 +181,17 @@ def test_state_is_not_differentiated(derivative):
     dx, dparams = jax.grad(loss, (0, 1))(x, params, state)
     np.testing.assert_array_equal(dx, 0)
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), dparams)
+
+
+@pytest.mark.parametrize("mode", [{"momentum": None}, {"debias": True}])
+def test_one_count_means_all_features_or_none(mode):
+    """Here a variance of 1e8 does not fit float16, in which the state is."""
+    x = jnp.array([[1.0, 1e4], [3.0, -1e4]])
+    params, state = jaxbn.init(2)
+    state = state._replace(
+        mean=state.mean.astype("float16"), var=jnp.ones(2, "float16")
+    )
+    _, new = jaxbn.batch_norm(x, params, state, train=True, **mode)
+    assert new.num_updates == 0
+    np.testing.assert_array_equal(new.mean, state.mean)
+    np.testing.assert_array_equal(new.var, state.var)
