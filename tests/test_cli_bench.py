@@ -340,7 +340,8 @@ def test_json(run):
     # of two sums, which JAX 0.12 leaves apart.
     assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
     assert jaxbn_row["over_jaxbn"] == 1
-    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] in (4, 5)
+    in_all = 5 if jax.__version_info__ >= (0, 12) else 4
+    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == in_all
     means = content["geometric_means"]
     assert set(means) == {"flax-fast"}
     assert set(means["flax-fast"]) == {"forward+backward"}
