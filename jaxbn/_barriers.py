@@ -11,6 +11,7 @@ over a shard_map with `spmd_axis_name`, its results no longer vary over that axi
 """
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -19,6 +20,11 @@ from jax.interpreters import ad, batching, mlir
 def apart_on_cpu(*arrays: jax.Array) -> list[jax.Array]:
     """`arrays`; on the CPU, as if newly made once the last of them is known."""
     return _apart.bind(*arrays)
+
+
+def on_cpu(array: jax.Array) -> jax.Array:
+    """`array` on the CPU and in eager code, zeros elsewhere; always a constant."""
+    return _on_cpu.bind(lax.stop_gradient(array))
 
 
 _apart = Primitive("apart_on_cpu")
@@ -33,3 +39,10 @@ mlir.register_lowering(
     mlir.lower_fun(lambda *arrays: lax.optimization_barrier(arrays)),
     platform="cpu",
 )
+
+_on_cpu = Primitive("on_cpu")
+_on_cpu.def_impl(lambda array: array)
+_on_cpu.def_abstract_eval(lambda array: array)
+batching.primitive_batchers[_on_cpu] = lambda arrays, axes: (on_cpu(*arrays), *axes)
+mlir.register_lowering(_on_cpu, mlir.lower_fun(jnp.zeros_like, multiple_results=False))
+mlir.register_lowering(_on_cpu, lambda context, array: [array], platform="cpu")

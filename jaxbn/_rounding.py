@@ -40,7 +40,7 @@ def corrected(
 
 
 def _correct(x, mean, var, divisor, *mask, features):
-    del var
+    del var  # XLA:CPU may have taken it about a mean that it left unrounded
     masked = (*mask, None)[0]
     total = _centered.total(x, mean, masked, features)
     square = _centered.sum_of_squares(x, mean, masked, features, total) / divisor

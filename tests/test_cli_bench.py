@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import fuses_sums
 
 import jaxbn
 from jaxbn.__main__ import main
@@ -74,6 +75,7 @@ def imported(name: str) -> Any:
 # What it counts
 
 
+@fuses_sums
 @pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SUITES["tiny"][:2], ids=str)

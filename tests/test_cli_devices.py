@@ -139,7 +139,7 @@ def test_convolutions_begin_the_same():
     one, eight = networks
     np.testing.assert_allclose(one.losses, eight.losses, rtol=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5),
         *(network.state.batch_stats for network in networks),
     )
 

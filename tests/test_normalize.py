@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, DTYPES, assert_close, case_ids
+from cases import CASES, DTYPES, assert_close, case_ids, fuses_sums
 from jax.test_util import check_grads
 
 import jaxbn
@@ -275,6 +275,7 @@ def sizes_touched(fn, x, *rest):
     return compiled.cost_analysis()["bytes accessed"] / x.nbytes
 
 
+@fuses_sums
 @pytest.mark.usefixtures("near")
 def test_traffic_of_a_training_step():
     """Array sizes that one program moves on XLA:CPU; 8 is the least there can be."""

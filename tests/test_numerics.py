@@ -9,7 +9,7 @@ import pytest
 from jaxbn import _rounding
 from jaxbn.cli import _bench_peers
 
-RATIOS = [1, 1000, 1_000_000]
+RATIOS = [1, 100, 1000, 1_000_000]
 
 EPS = float(jnp.finfo("float32").eps)
 
@@ -22,7 +22,8 @@ def allowed(cell):
 
     A mean that is near is not corrected (`_rounding.FAR`); of one that is far, the low
     part is rounded. In the first order all x move with the mean; in the second var is
-    off by the square, and x_hat with it.
+    off by the square, and x_hat with it. The backward of float32, which takes dy about
+    its mean, does not see the first.
     """
     x, scale, dy = cell.draw()
     desired = numerics.truth(x, scale, dy)
@@ -32,7 +33,9 @@ def allowed(cell):
     off = np.where(near, low, EPS * low)
     bounds = {}
     for name, (_, unit, slope) in desired.items():
-        cost = off * slope / unit + np.minimum(off**2 / (var + numerics.EPSILON), 1)
+        seen = name == "y" or cell.dtype != "float32"
+        cost = seen * off * slope / unit
+        cost = cost + np.minimum(off**2 / (var + numerics.EPSILON), 1)
         cost = {"mean": 0, "var": off**2 / unit}.get(name, cost)
         floor = numerics.floor(cell.dtype, name, unit, slope)
         bounds[name] = 2 * floor + np.max(cost)
@@ -142,13 +145,11 @@ def test_never_over_twice_in_the_whole_table():
 
 
 def worse(cells):
-    """Rows in which a stable peer is twice as good, and that error is not allowed."""
+    """Rows in which a stable peer is twice as good."""
     found, missing = _bench_peers.find(["jaxbn", *numerics.STABLE])
     if missing:
         pytest.skip("; ".join(missing.values()))
     for cell in cells:
         for row in numerics.measure(cell, found):
             if row["judged"] and numerics.ratio_to_best(row) > 2:
-                bound = allowed(cell)[row["measure"]]
-                if row["errors"]["jaxbn"] > bound:
-                    yield row | {"bound": bound}
+                yield row

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import assert_close
+from cases import assert_close, fuses_sums
 
 import jaxbn
 
@@ -138,6 +138,7 @@ def test_overflow_stays_overflow():
     assert np.isinf(var).all()
 
 
+@fuses_sums
 def test_two_reads_in_a_branch():
     x = jnp.ones((65536, 64))
     step = functools.partial(both, dy=x)

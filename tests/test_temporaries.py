@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import fuses_sums
 from flax import linen as nn
 from jax import lax
 from jax.sharding import SingleDeviceSharding
@@ -79,6 +80,7 @@ def share(loop, dtype, device):
     return ours / flax
 
 
+@fuses_sums
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu(loop, dtype):

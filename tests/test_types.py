@@ -23,11 +23,12 @@ FUNCTIONS = """
 from typing import assert_type
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
 
-x = jax.random.normal(jax.random.key(0), (8, 4))
+x = jnp.eye(8, 4)
 params, state = jaxbn.init(4, use_bias=False)
 assert_type(params, jaxbn.Params)
 assert_type(params.scale, jax.Array | None)
@@ -72,6 +73,7 @@ LINEN = """
 from typing import Any, assert_type
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxbn.linen import (
@@ -95,7 +97,7 @@ class Net(nn.Module):
         return BatchRenorm(r_max=2.0, d_max=1.0)(x, not train, mask=x > -9)
 
 
-x = jax.random.normal(jax.random.key(0), (8, 4))
+x = jnp.eye(8, 4)
 model = Net()
 key = jax.random.key(1)
 variables = model.init(key, x, True)  # pyright: ignore[reportUnknownMemberType]
@@ -115,6 +117,7 @@ NNX = """
 from typing import Any, assert_type
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn.nnx import BatchNorm, BatchRenorm, weight_decay_mask
@@ -131,7 +134,7 @@ class Net(nnx.Module):
         return self.renorm(x, use_running_average=True)
 
 
-x = jax.random.normal(jax.random.key(0), (8, 4))
+x = jnp.eye(8, 4)
 model = Net(nnx.Rngs(0))
 assert_type(model(x), jax.Array)
 assert_type(weight_decay_mask(model), nnx.State[Any, Any])
@@ -142,13 +145,13 @@ assert_type(model.norm.mean[...], jax.Array)
 
 WRONG = """
 # pyright: strict
-import jax
+import jax.numpy as jnp
 import jaxbn
 from flax import nnx as flax_nnx
 from jaxbn import nnx
 from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate
 
-x = jax.random.normal(jax.random.key(0), (8, 4))
+x = jnp.eye(8, 4)
 params, state = jaxbn.init("four")  # wrong
 params, state = jaxbn.init(4)
 jaxbn.batch_norm(x, params, state)  # wrong

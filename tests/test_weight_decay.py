@@ -1,5 +1,7 @@
 """weight_decay_mask: batch norms by class, whatever they are called; optax obeys."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -183,7 +185,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("name", ["misnamed", "setup", "stacks", "jit"])
 def test_steps_with_optax(name, optimizer):
-    """Bit for bit, a spared parameter moves as without decay, the others as with it."""
+    """A spared parameter moves as without decay, the others as with it."""
     model, desired = MODELS[name]
     mask = weight_decay_mask(model, SHAPES)
     params = jax.eval_shape(model.init, jax.random.key(0), SHAPES)["params"]
@@ -193,7 +195,9 @@ def test_steps_with_optax(name, optimizer):
     decayed = params_after(optimizer(0.5, everything), params, gradients)
     spared = params_after(optimizer(0.0, everything), params, gradients)
     wanted = jax.tree.map(lambda m, a, b: a if m else b, desired, decayed, spared)
-    jax.tree.map(np.testing.assert_array_equal, moved, wanted)
+    # To the last bits: three programs, which XLA may round in three ways.
+    close = functools.partial(np.testing.assert_array_max_ulp, maxulp=4)
+    jax.tree.map(close, moved, wanted)
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, decayed, spared)))
 
 
