@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import fuses_sums
+from cases import FUSES_SUMS, fuses_sums
 
 import jaxbn
 from jaxbn.__main__ import main
@@ -113,7 +113,8 @@ def test_all_reduces_over_two_devices():
         return _bench_collectives.all_reduces(PEERS[name].build, mesh, named=named)
 
     assert count("jaxbn", named=True) == {"forward": 1, "forward+backward": 2}
-    assert count("jaxbn", named=False) == {"forward": 2, "forward+backward": 3}
+    # Two backward: on the CPU dscale waits for dbias.
+    assert count("jaxbn", named=False) == {"forward": 2, "forward+backward": 4}
     assert count("flax-fast", named=True) == {"forward": 1, "forward+backward": 2}
 
 
@@ -340,9 +341,10 @@ def test_json(run):
     jaxbn_row = content["rows"][1]
     # 2 of them are in the branch for means that are far from 0, and so is an all-reduce
     # of two sums, which JAX 0.12 leaves apart.
-    assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
+    if FUSES_SUMS:
+        assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
     assert jaxbn_row["over_jaxbn"] == 1
-    in_all = 5 if jax.__version_info__ >= (0, 12) else 4
+    in_all = 6 if jax.__version_info__ >= (0, 12) else 5
     assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == in_all
     means = content["geometric_means"]
     assert set(means) == {"flax-fast"}

@@ -23,12 +23,11 @@ FUNCTIONS = """
 from typing import assert_type
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
 
-x = jnp.eye(8, 4)
+x = jax.lax.full((8, 4), 1.0)
 params, state = jaxbn.init(4, use_bias=False)
 assert_type(params, jaxbn.Params)
 assert_type(params.scale, jax.Array | None)
@@ -73,7 +72,6 @@ LINEN = """
 from typing import Any, assert_type
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxbn.linen import (
@@ -97,7 +95,7 @@ class Net(nn.Module):
         return BatchRenorm(r_max=2.0, d_max=1.0)(x, not train, mask=x > -9)
 
 
-x = jnp.eye(8, 4)
+x = jax.lax.full((8, 4), 1.0)
 model = Net()
 key = jax.random.key(1)
 variables = model.init(key, x, True)  # pyright: ignore[reportUnknownMemberType]
@@ -117,7 +115,6 @@ NNX = """
 from typing import Any, assert_type
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn.nnx import BatchNorm, BatchRenorm, weight_decay_mask
@@ -134,7 +131,7 @@ class Net(nnx.Module):
         return self.renorm(x, use_running_average=True)
 
 
-x = jnp.eye(8, 4)
+x = jax.lax.full((8, 4), 1.0)
 model = Net(nnx.Rngs(0))
 assert_type(model(x), jax.Array)
 assert_type(weight_decay_mask(model), nnx.State[Any, Any])
@@ -145,13 +142,13 @@ assert_type(model.norm.mean[...], jax.Array)
 
 WRONG = """
 # pyright: strict
-import jax.numpy as jnp
+import jax
 import jaxbn
 from flax import nnx as flax_nnx
 from jaxbn import nnx
 from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate
 
-x = jnp.eye(8, 4)
+x = jax.lax.full((8, 4), 1.0)
 params, state = jaxbn.init("four")  # wrong
 params, state = jaxbn.init(4)
 jaxbn.batch_norm(x, params, state)  # wrong
