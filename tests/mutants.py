@@ -19,6 +19,7 @@ from rich.progress import track
 ROOT = pathlib.Path(__file__).parents[1]
 TESTS = [
     "test_rounding",
+    "test_numerics",
     "test_moments",
     "test_normalize",
     "test_running",
