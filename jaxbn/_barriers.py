@@ -3,7 +3,8 @@
 XLA:CPU takes what two passes have in common, x - mean or a float32 copy of a bfloat16
 x, for one array and writes it out; a barrier hides that both see the same x. On a GPU
 or TPU such passes are fused anyway, and a barrier would make XLA write out whatever
-stands in front of it, as the derivative of a relu does.
+stands in front of it, as the derivative of a relu does. What makes one pass wait for
+another is for the CPU alone, too: `on_cpu`.
 
 A primitive, since `lax.platform_dependent`, a branch, loses types on the way: in a vmap
 over a shard_map with `spmd_axis_name`, its results no longer vary over that axis (JAX
@@ -23,7 +24,10 @@ def apart_on_cpu(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def on_cpu(array: jax.Array) -> jax.Array:
-    """`array` on the CPU and in eager code, zeros elsewhere; always a constant."""
+    """`array` on the CPU and in eager code, zeros elsewhere; constant to derivatives.
+
+    For what may be any constant, and is best as `array`.
+    """
     return _on_cpu.bind(lax.stop_gradient(array))
 
 

@@ -21,10 +21,14 @@ in dx is conjugated and its factor is Re(a dscale).
 
 The mean comes in two parts, mean + low (`_rounding`). Passes over x subtract the first;
 what the second adds is one number per feature, and goes into bias, dscale and the
-projection on 1. On the CPU, where low is known only if the mean is far from 0, dscale
-is a sum of (g - mean g)(x - mean): the same, as x - mean adds up to 0, but for the
-mean's error, which cancels. Half precision gains nothing by it, devices that are named
-have sums of their own, and on a GPU or TPU it would part dscale's pass from dbias's.
+projection on 1.
+
+On the CPU low is known only where the mean is far from 0. Elsewhere the mean's error
+would be felt in dscale, times sum g. But as x - mean adds up to 0, the sum of
+(g - c)(x - mean) is the same function for every constant c, and for c = mean g that
+error cancels. Not over named devices: there dscale is local, and x less the common mean
+does not add up to 0. And not on a GPU or TPU, where dscale would have to wait for the
+pass of dbias.
 
 The memory traffic, in sizes of x: forward 4 (mean; var; x to y), backward 6 (dbias;
 dscale from x and dy; x and dy to dx). Each of these passes takes its big operands
@@ -160,14 +164,14 @@ def backward(
 
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
-    middle = jnp.zeros_like(dbias)
-    if x.dtype == dtype and config.axis_name is None:
-        middle = on_cpu(dbias / divisor)
+    mean_g = jnp.zeros_like(dbias)
+    if config.axis_name is None:
+        mean_g = on_cpu(dbias / divisor)
 
     x, mean, rstd = apart_on_cpu(x, mean, rstd)
-    g = apart_on_cpu(dy, middle)[0].astype(dtype) - expand(middle)
+    g = apart_on_cpu(dy, mean_g)[0].astype(dtype) - expand(mean_g)
     terms = zero_masked(g, mask) * centered(x, mean, mask, config.features)
-    dscale = terms.sum(reduced) - cache.mean_low * (dbias - middle * divisor)
+    dscale = terms.sum(reduced) - cache.mean_low * (dbias - mean_g * divisor)
     dscale = dscale * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
@@ -239,7 +243,7 @@ _analytic.defvjp(_normalize_batch_fwd, _normalize_batch_bwd)
 
 
 def _native(config, x, scale, bias, mask):
-    """The same numbers by JAX's own differentiation, which has forward mode too."""
+    """The same, but for rounding, by JAX's own differentiation, with forward mode."""
 
     @jax.checkpoint
     def stage_moments(x):

@@ -101,10 +101,15 @@ def test_on_cpu_is_a_constant(transform):
     np.testing.assert_array_equal(jax.jvp(f, (X,), (WEIGHT,))[1], jnp.zeros_like(X))
 
 
-def test_on_cpu_keeps_the_devices_that_an_array_lies_on():
-    """In a vmap over a shard_map, as what it is added to."""
+def test_on_cpu_under_spmd_axis_name():
     rows = jax.shard_map(
-        lambda x: x - on_cpu(x), mesh=mesh(d=8), in_specs=P("d"), out_specs=P("d")
+        lambda x: 3 * x - on_cpu(x),
+        mesh=mesh(data=4, model=2),
+        in_specs=P("data"),
+        out_specs=P("data"),
     )
+    models = jax.vmap(rows, spmd_axis_name="model")
     x = jnp.arange(48.0).reshape(2, 8, 3)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(rows))(x), jnp.zeros_like(x))
+    np.testing.assert_array_equal(jax.jit(models)(x), 2 * x)
+    gradient = jax.jit(jax.grad(lambda x: (models(x) * x).sum()))(x)
+    np.testing.assert_array_equal(gradient, 2 * x + 3 * x)

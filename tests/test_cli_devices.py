@@ -138,6 +138,7 @@ def test_convolutions_begin_the_same():
         networks.append(network)
     one, eight = networks
     np.testing.assert_allclose(one.losses, eight.losses, rtol=1e-5)
+    # Five steps of Adam, which divides by small gradients.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5),
         *(network.state.batch_stats for network in networks),

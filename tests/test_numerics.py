@@ -22,8 +22,8 @@ def allowed(cell):
 
     A mean that is near is not corrected (`_rounding.FAR`); of one that is far, the low
     part is rounded. In the first order all x move with the mean; in the second var is
-    off by the square, and x_hat with it. The backward of float32, which takes dy about
-    its mean, does not see the first.
+    off by the square, and x_hat with it. dscale does not see the first, as it takes dy
+    about its mean.
     """
     x, scale, dy = cell.draw()
     desired = numerics.truth(x, scale, dy)
@@ -33,8 +33,7 @@ def allowed(cell):
     off = np.where(near, low, EPS * low)
     bounds = {}
     for name, (_, unit, slope) in desired.items():
-        seen = name == "y" or cell.dtype != "float32"
-        cost = seen * off * slope / unit
+        cost = off * slope / unit if name != "dscale" else 0
         cost = cost + np.minimum(off**2 / (var + numerics.EPSILON), 1)
         cost = {"mean": 0, "var": off**2 / unit}.get(name, cost)
         floor = numerics.floor(cell.dtype, name, unit, slope)

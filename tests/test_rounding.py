@@ -176,3 +176,19 @@ def test_a_variance_that_overflows_is_inf():
     _, mean, var = jax.jit(jaxbn.batch_moments)(x * unit)
     np.testing.assert_array_equal(np.isinf(var), unit > 1)
     np.testing.assert_allclose(mean, unit * oracle.moments(np.float64(x))[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_dscale_does_not_see_the_mean_s_error(dtype, masked):
+    """Which `sum dy` would carry into it: here a thousand times what is right."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(65536, FEATURES)) + 7.5, dtype)
+    dy = jnp.asarray(1 + 0.01 * rng.normal(size=x.shape), dtype)
+    mask = np.arange(len(x))[:, None] % 3 != 0 if masked else None
+    scale = np.ones(FEATURES, np.float32)
+    exact = [np.asarray(a.astype(jnp.float32), np.float64) for a in (x, dy)]
+    dscale = jax.jit(both)(x, scale, dy, mask=mask)[2]
+    wanted = desired(exact[0], scale, exact[1], mask)[2]
+    np.testing.assert_allclose(dscale, wanted, rtol=0, atol=1e-4)
+    assert abs(wanted).max() > 1
