@@ -3,8 +3,7 @@
 XLA:CPU takes what two passes have in common, x - mean or a float32 copy of a bfloat16
 x, for one array and writes it out; a barrier hides that both see the same x. On a GPU
 or TPU such passes are fused anyway, and a barrier would make XLA write out whatever
-stands in front of it, as the derivative of a relu does. What makes one pass wait for
-another is for the CPU alone, too: `on_cpu`.
+stands in front of it, as the derivative of a relu does.
 
 A primitive, since `lax.platform_dependent`, a branch, loses types on the way: in a vmap
 over a shard_map with `spmd_axis_name`, its results no longer vary over that axis (JAX
@@ -12,7 +11,6 @@ over a shard_map with `spmd_axis_name`, its results no longer vary over that axi
 """
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -21,14 +19,6 @@ from jax.interpreters import ad, batching, mlir
 def apart_on_cpu(*arrays: jax.Array) -> list[jax.Array]:
     """`arrays`; on the CPU, as if newly made once the last of them is known."""
     return _apart.bind(*arrays)
-
-
-def on_cpu(array: jax.Array) -> jax.Array:
-    """`array` on the CPU and in eager code, zeros elsewhere; constant to derivatives.
-
-    For what may be any constant, and is best as `array`.
-    """
-    return _on_cpu.bind(lax.stop_gradient(array))
 
 
 _apart = Primitive("apart_on_cpu")
@@ -43,10 +33,3 @@ mlir.register_lowering(
     mlir.lower_fun(lambda *arrays: lax.optimization_barrier(arrays)),
     platform="cpu",
 )
-
-_on_cpu = Primitive("on_cpu")
-_on_cpu.def_impl(lambda array: array)
-_on_cpu.def_abstract_eval(lambda array: array)
-batching.primitive_batchers[_on_cpu] = lambda arrays, axes: (on_cpu(*arrays), *axes)
-mlir.register_lowering(_on_cpu, mlir.lower_fun(jnp.zeros_like, multiple_results=False))
-mlir.register_lowering(_on_cpu, lambda context, array: [array], platform="cpu")

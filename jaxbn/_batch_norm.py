@@ -136,9 +136,8 @@ def batch_norm(
         running_variance: "biased", or "unbiased" with n - 1 (PyTorch).
         debias: The first updates average, until `momentum` keeps less: the statistics
             are never drawn towards their initial values.
-        derivative: "vjp" is the analytic rule; "jvp" gives the same numbers, but for
-            rounding, by JAX's own differentiation, and forward mode (jvp, jacfwd,
-            linearize) too.
+        derivative: "vjp" is the analytic rule; "jvp" gives the same numbers by JAX's
+            own differentiation, and forward mode (jvp, jacfwd, linearize) too.
 
     Returns:
         y, with x's shape and dtype, and the new state (`state` itself in inference). y

@@ -23,13 +23,6 @@ The mean comes in two parts, mean + low (`_rounding`). Passes over x subtract th
 what the second adds is one number per feature, and goes into bias, dscale and the
 projection on 1.
 
-On the CPU low is known only where the mean is far from 0. Elsewhere the mean's error
-would be felt in dscale, times sum g. But as x - mean adds up to 0, the sum of
-(g - c)(x - mean) is the same function for every constant c, and for c = mean g that
-error cancels. Not over named devices: there dscale is local, and x less the common mean
-does not add up to 0. And not on a GPU or TPU, where dscale would have to wait for the
-pass of dbias.
-
 The memory traffic, in sizes of x: forward 4 (mean; var; x to y), backward 6 (dbias;
 dscale from x and dy; x and dy to dx). Each of these passes takes its big operands
 through `apart_on_cpu`; `_barriers` says why.
@@ -45,7 +38,7 @@ from jax import lax
 
 from jaxbn import _checks, _devices, _shapes
 from jaxbn._affine import Config, affine, cast, check_arguments, rstd_of
-from jaxbn._barriers import apart_on_cpu, on_cpu
+from jaxbn._barriers import apart_on_cpu
 from jaxbn._centered import centered, zero_masked
 from jaxbn._moments import Moments, moments
 
@@ -163,20 +156,15 @@ def backward(
     rstd = rstd_of(var, config.epsilon, dtype)
 
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
-    divisor = jnp.maximum(num_elements, 1).astype(dtype)
-    mean_g = jnp.zeros_like(dbias)
-    if config.axis_name is None:
-        mean_g = on_cpu(dbias / divisor)
-
     x, mean, rstd = apart_on_cpu(x, mean, rstd)
-    g = apart_on_cpu(dy, mean_g)[0].astype(dtype) - expand(mean_g)
-    terms = zero_masked(g, mask) * centered(x, mean, mask, config.features)
-    dscale = terms.sum(reduced) - cache.mean_low * (dbias - mean_g * divisor)
-    dscale = dscale * rstd
+    g = zero_masked(apart_on_cpu(dy, mean)[0].astype(dtype), mask)
+    dscale = (g * centered(x, mean, mask, config.features)).sum(reduced)
+    dscale = (dscale - cache.mean_low * dbias) * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
     sums = _devices.group_sum(sums, config.axis_name, config.groups, cache.index)
+    divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
 
     x, mean, on_x_hat = apart_on_cpu(x, mean, on_x_hat)
@@ -243,7 +231,7 @@ _analytic.defvjp(_normalize_batch_fwd, _normalize_batch_bwd)
 
 
 def _native(config, x, scale, bias, mask):
-    """The same, but for rounding, by JAX's own differentiation, with forward mode."""
+    """The same numbers by JAX's own differentiation, which has forward mode too."""
 
     @jax.checkpoint
     def stage_moments(x):

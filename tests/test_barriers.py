@@ -10,7 +10,7 @@ import pytest
 from devices import mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxbn._barriers import apart_on_cpu, on_cpu
+from jaxbn._barriers import apart_on_cpu
 
 X = jnp.arange(6.0).reshape(2, 3)
 WEIGHT = X - 2
@@ -84,32 +84,3 @@ def test_types_under_spmd_axis_name():
     np.testing.assert_allclose(
         jax.jit(jax.grad(lambda x: (models(x) ** 2).sum()))(x), 2.5 * sums
     )
-
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_zeros_but_on_the_cpu(platform):
-    module = jax.export.export(jax.jit(on_cpu), platforms=[platform])(X).mlir_module()
-    assert ("return %arg0" in module) == (platform == "cpu")
-    assert ("dense<0.0" in module) == (platform != "cpu")
-
-
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.vmap, jax.checkpoint])
-def test_on_cpu_is_a_constant(transform):
-    f = transform(on_cpu)
-    np.testing.assert_array_equal(f(X), X)
-    np.testing.assert_array_equal(jax.grad(lambda x: (x * f(x)).sum())(X), X)
-    np.testing.assert_array_equal(jax.jvp(f, (X,), (WEIGHT,))[1], jnp.zeros_like(X))
-
-
-def test_on_cpu_under_spmd_axis_name():
-    rows = jax.shard_map(
-        lambda x: 3 * x - on_cpu(x),
-        mesh=mesh(data=4, model=2),
-        in_specs=P("data"),
-        out_specs=P("data"),
-    )
-    models = jax.vmap(rows, spmd_axis_name="model")
-    x = jnp.arange(48.0).reshape(2, 8, 3)
-    np.testing.assert_array_equal(jax.jit(models)(x), 2 * x)
-    gradient = jax.jit(jax.grad(lambda x: (models(x) * x).sum()))(x)
-    np.testing.assert_array_equal(gradient, 2 * x + 3 * x)

@@ -20,10 +20,9 @@ SPACINGS = 4
 def allowed(cell):
     """By measure, the largest error: two floors, and what the mean's rounding leaves.
 
-    A mean that is near is not corrected (`_rounding.FAR`); of one that is far, the low
-    part is rounded. In the first order all x move with the mean; in the second var is
-    off by the square, and x_hat with it. dscale does not see the first, as it takes dy
-    about its mean.
+    A mean that is near (`_rounding.FAR`) is a sum of blocks; of one that is far, the
+    low part is rounded. In the first order all x move with the mean; in the second var
+    is off by the square, and x_hat with it.
     """
     x, scale, dy = cell.draw()
     desired = numerics.truth(x, scale, dy)
@@ -33,8 +32,7 @@ def allowed(cell):
     off = np.where(near, low, EPS * low)
     bounds = {}
     for name, (_, unit, slope) in desired.items():
-        cost = off * slope / unit if name != "dscale" else 0
-        cost = cost + np.minimum(off**2 / (var + numerics.EPSILON), 1)
+        cost = off * slope / unit + np.minimum(off**2 / (var + numerics.EPSILON), 1)
         cost = {"mean": 0, "var": off**2 / unit}.get(name, cost)
         floor = numerics.floor(cell.dtype, name, unit, slope)
         bounds[name] = 2 * floor + np.max(cost)
