@@ -88,6 +88,16 @@ def _by_blocks(mean, x, divisor, *mask, features):
         return [mean, (exact - mean.astype(jnp.float64)).astype(jnp.float32)]
 
 
+def _lower_by_blocks(context, *operands, features):
+    """Unless the program is one for several devices, which XLA may lay x over.
+
+    An axis that is split in two may lie over them in neither; x would be gathered.
+    """
+    several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
+    function = _as_it_is if several else _by_blocks
+    return mlir.lower_fun(function)(context, *operands, features=features)
+
+
 def _can_be_split(x):
     """Not if its shape is symbolic, or its type says that it is sharded."""
     known = all(isinstance(size, int) for size in x.shape)
@@ -122,7 +132,7 @@ def _correct_if_far(*operands, features):
     )
 
 
-def _correction(name, everywhere, on_cpu, eager, like):
+def _correction(name, everywhere, lower_on_cpu, eager, like):
     """A primitive: `like` says which operand a result is like, None for a new one."""
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -149,7 +159,7 @@ def _correction(name, everywhere, on_cpu, eager, like):
     ad.primitive_jvps[primitive] = derivative
     batching.primitive_batchers[primitive] = batched
     mlir.register_lowering(primitive, mlir.lower_fun(everywhere))
-    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu), platform="cpu")
+    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
     return primitive
 
 
@@ -164,7 +174,11 @@ def _with_axis_in_front(arrays, axes):
     ]
 
 
-_in_two = _correction("mean_in_two", _as_it_is, _by_blocks, _as_it_is, (0, None))
+_in_two = _correction("mean_in_two", _as_it_is, _lower_by_blocks, _as_it_is, (0, None))
 _corrected = _correction(
-    "corrected_moments", _correct, _correct_if_far, _correct_if_far, (0, 1, 2)
+    "corrected_moments",
+    _correct,
+    mlir.lower_fun(_correct_if_far),
+    _correct_if_far,
+    (0, 1, 2),
 )
