@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import _checks, _devices, _shapes
 from jaxbn._centered import abs_squared, sum_of_squares, zero_masked
-from jaxbn._rounding import corrected, in_two
+from jaxbn._rounding import corrected
 
 
 class Moments(NamedTuple):
@@ -161,10 +161,9 @@ def _local_moments(
     total = zero_masked(x.astype(dtype), mask).sum(reduced)
 
     mean = total / divisor.astype(dtype)
-    mean, low = in_two(x, mean, divisor, mask, features)
     var = sum_of_squares(x, mean, mask, features) / divisor
-    mean, low, var = corrected(x, mean, low, var, divisor, mask, features)
-    return Moments(num_elements, mean, var), low
+    mean, var, mean_low = corrected(x, mean, var, divisor, mask, features)
+    return Moments(num_elements, mean, var), mean_low
 
 
 def _count(

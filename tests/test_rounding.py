@@ -10,7 +10,6 @@ import pytest
 from cases import assert_close, fuses_sums
 
 import jaxbn
-from jaxbn import _moments
 
 FEATURES = 4
 
@@ -177,46 +176,3 @@ def test_a_variance_that_overflows_is_inf():
     _, mean, var = jax.jit(jaxbn.batch_moments)(x * unit)
     np.testing.assert_array_equal(np.isinf(var), unit > 1)
     np.testing.assert_allclose(mean, unit * oracle.moments(np.float64(x))[1], rtol=1e-6)
-
-
-LAYOUTS = {
-    "few rows": ((100, 64), (1,)),
-    "rows": ((10_000, 64), (1,)),
-    "rows last": ((64, 10_000), (0,)),
-    "wide": ((64, 1000), (1,)),
-    "channels last": ((4, 48, 16, 64), (3,)),
-    "channels first": ((32, 64, 12, 10), (1,)),
-    "features around": ((8, 1600, 8), (0, 2)),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_mean_that_is_near_is_a_sum_of_blocks(layout, masked):
-    """Off by less than half of what the mean by one float32 sum is off by."""
-    shape, features = layout
-    rng = np.random.default_rng(0)
-    x = (rng.normal(size=shape) + 7).astype(np.float32)
-    mask = rng.random(shape) < 0.7 if masked else np.ones(shape, bool)
-    axes = tuple(i for i in range(x.ndim) if i not in features)
-
-    @jax.jit
-    def means(x, mask):
-        batch, low = _moments.moments(x, mask, features, None, None)
-        return batch.mean, low, x.mean(axes, where=mask)
-
-    mean, low, plain = (np.float64(a) for a in means(x, mask))
-    exact = np.float64(x).mean(axes, where=mask)
-    np.testing.assert_array_less(abs(low), np.spacing(np.float32(mean)))
-    assert abs(mean + low - exact).mean() < abs(plain - exact).mean() / 2
-
-
-def test_a_mean_that_is_near_under_vmap():
-    x = np.stack([draw(3, seed=seed)[0] for seed in range(3)])
-
-    def parts(x):
-        batch, low = _moments.moments(x, None, (1,), None, None)
-        return batch.mean, low
-
-    mean, low = (np.float64(a) for a in jax.jit(jax.vmap(parts))(x))
-    np.testing.assert_allclose(mean + low, np.float64(x).mean(1), rtol=1e-12)
