@@ -48,7 +48,7 @@ class Measurement:
         kwargs: dict[str, Any],
     ) -> dict[Path, Moments]:
         """Calls the model, and returns what was recorded, by path."""
-        raise NotImplementedError
+        raise NotImplementedError("Linen and NNX call a model each in its own way")
 
     def over(
         self, batches: Iterable[Any], variables: Any, progress: bool = False

@@ -84,6 +84,15 @@ def test_plain_jit_over_shards(masked, forward):
     assert all_reduces(train_and_back, x, params, dy) <= forward + 1
 
 
+@pytest.mark.parametrize("rows", [77, 1000])
+def test_plain_jit_gathers_no_rows(rows):
+    """However many a device has: `all_reduces` lets no other collective pass."""
+    of_x = NamedSharding(mesh(d=NUM), P("d"))
+    x = jax.device_put(jnp.ones((NUM * rows, 256)), of_x)
+    params, state = jaxbn.init(256)
+    assert all_reduces(lambda x: jaxbn.batch_norm(x, params, state, train=True), x)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_mean_over_uneven_shards(kind):
     """At mean/std 1e4 a sum of squares would be wrong by a factor of ten."""

@@ -77,17 +77,3 @@ def test_equals_the_whole_batch(kind, layout, derivative):
         assert big.sharding.shard_shape(x.shape) == of_x.shard_shape(x.shape)
     if kind == AxisType.Explicit:  # part of the type, which an update keeps
         assert new.mean.sharding.is_equivalent_to(of_params, 1)
-
-
-@pytest.mark.parametrize("rows", [8 * 77, 8 * 1000])
-def test_x_is_never_gathered(rows):
-    """Also where the rows of a device are no whole number of blocks (`_rounding`)."""
-    over = mesh(data=8)
-    x = jax.device_put(jnp.ones((rows, 256)), NamedSharding(over, P("data")))
-    params, state = jaxbn.init(256)
-    step = jax.jit(lambda x: jaxbn.batch_norm(x, params, state, train=True))
-    program = step.lower(x).compile().as_text()
-    assert "all-reduce" in program
-    assert not {"all-gather", "all-to-all", "collective-permute"} & set(
-        program.replace("(", " ").split()
-    )

@@ -64,7 +64,7 @@ def _copy(x, a, b):
 
 
 def _no_train(x, params, state):
-    raise NotImplementedError
+    raise NotImplementedError("a copy has no training step")
 
 
 def _infer(layer, x, dy, params, state):
