@@ -39,13 +39,9 @@ def total(
 
 
 def sum_of_squares(
-    x: jax.Array,
-    mean: jax.Array,
-    mask: jax.Array | None,
-    features: tuple[int, ...],
-    *after: jax.Array,
+    x: jax.Array, mean: jax.Array, mask: jax.Array | None, features: tuple[int, ...]
 ) -> jax.Array:
-    """The sum of |x - mean|^2; on the CPU a pass of its own, once `after` is there."""
-    x, mean, *_ = apart_on_cpu(x, mean, *after)
+    """The sum of |x - mean|^2."""
+    x, mean = apart_on_cpu(x, mean)
     squares = abs_squared(centered(x, mean, mask, features))
     return squares.sum(_shapes.reduction_axes(features, x.ndim))

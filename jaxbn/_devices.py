@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxbn import _checks
@@ -153,6 +154,14 @@ def vary_together(axis_name: AxisName, *arrays: Any) -> tuple[Any, ...]:
         return lax.pcast(array, tuple(sorted(missing, key=str)), to="varying")
 
     return tuple(None if a is None else cast(a) for a in arrays)
+
+
+def lies_on_one_device(context: mlir.LoweringRuleContext) -> bool:
+    """Whether what is lowered here is for one device, and XLA will not partition it."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "manual_axes"):  # in a shard_map
+        return set(axes.manual_axes) == set(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", 2) == 1
 
 
 def _varying(array: Any) -> frozenset[Any]:

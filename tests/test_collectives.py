@@ -93,6 +93,23 @@ def test_plain_jit_gathers_no_rows(rows):
     assert all_reduces(lambda x: jaxbn.batch_norm(x, params, state, train=True), x)
 
 
+@pytest.mark.parametrize("rows", [77, 1000])
+def test_shard_map_over_one_axis_gathers_no_rows(rows):
+    """What it leaves to XLA, the other axis, may have them, too."""
+    over = mesh(d=2, rest=NUM // 2)
+    of_x = NamedSharding(over, P(("d", "rest")))
+    x = jax.device_put(jnp.ones((NUM * rows, 256)), of_x)
+    params, state = jaxbn.init(256)
+
+    @functools.partial(
+        jax.shard_map, mesh=over, in_specs=P("d"), out_specs=P("d"), axis_names={"d"}
+    )
+    def layer(x):
+        return jaxbn.batch_norm(x, params, state, train=True, axis_name="d")[0]
+
+    assert all_reduces(layer, x)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_mean_over_uneven_shards(kind):
     """At mean/std 1e4 a sum of squares would be wrong by a factor of ten."""

@@ -9,7 +9,7 @@ import pytest
 from jaxbn import _rounding
 from jaxbn.cli import _bench_peers
 
-RATIOS = [1, 1000, 1_000_000]
+RATIOS = [1, 100, 1000, 1_000_000]
 
 EPS = float(jnp.finfo("float32").eps)
 
@@ -20,9 +20,9 @@ SPACINGS = 4
 def allowed(cell):
     """By measure, the largest error: two floors, and what the mean's rounding leaves.
 
-    A mean that is near is not corrected (`_rounding.FAR`); of one that is far, the low
-    part is rounded. In the first order all x move with the mean; in the second var is
-    off by the square, and x_hat with it.
+    A mean that is near (`_rounding.FAR`) may be one sum, as over devices; of one that
+    is far, the low part is rounded. In the first order all x move with the mean; in the
+    second var is off by the square, and x_hat with it.
     """
     x, scale, dy = cell.draw()
     desired = numerics.truth(x, scale, dy)
@@ -142,13 +142,11 @@ def test_never_over_twice_in_the_whole_table():
 
 
 def worse(cells):
-    """Rows in which a stable peer is twice as good, and that error is not allowed."""
+    """Rows in which a stable peer is twice as good."""
     found, missing = _bench_peers.find(["jaxbn", *numerics.STABLE])
     if missing:
         pytest.skip("; ".join(missing.values()))
     for cell in cells:
         for row in numerics.measure(cell, found):
             if row["judged"] and numerics.ratio_to_best(row) > 2:
-                bound = allowed(cell)[row["measure"]]
-                if row["errors"]["jaxbn"] > bound:
-                    yield row | {"bound": bound}
+                yield row

@@ -10,6 +10,7 @@ import pytest
 from cases import assert_close, fuses_sums
 
 import jaxbn
+from jaxbn import _rounding
 
 FEATURES = 4
 
@@ -58,17 +59,39 @@ def test_moments(ratio):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("rows", [3, 10, 1000])
-def test_constant_features_are_nothing(dtype, rows):
-    """Where the mean's rounding alone would be y = 0.3."""
-    x = jnp.full((rows, FEATURES), 10000.1, dtype)
+@pytest.mark.parametrize("rows", [3, 10, 1000, 4095])
+@pytest.mark.parametrize("size", [1.1, 10000.1, 1e6])
+def test_constant_features_are_nothing(dtype, rows, size):
+    """Where the mean's rounding alone would be y = 0.3 at 1e4, and 30 at 1e6."""
+    size = min(size, float(jnp.finfo(dtype).max) / 2)
+    x = jnp.asarray(np.linspace(size, 2 * size, FEATURES), dtype)
+    x = jnp.broadcast_to(x, (rows, FEATURES))
     dy = jax.random.normal(jax.random.key(0), x.shape, dtype)
     y, _, dscale, _ = jax.jit(both)(x, jnp.ones(FEATURES), dy)
-    np.testing.assert_allclose(np.float64(y), 0, atol=1e-6)
-    np.testing.assert_allclose(dscale, 0, atol=1e-6 * rows)
+    np.testing.assert_array_equal(y, jnp.zeros_like(y))
+    np.testing.assert_array_equal(dscale, 0)
     _, mean, var = jaxbn.batch_moments(x)
-    np.testing.assert_array_equal(mean, np.float32(x[0]))
+    np.testing.assert_array_equal(mean, x[0].astype(jnp.float32))
     np.testing.assert_array_equal(var, 0)
+
+
+@pytest.mark.parametrize("in_one_pass", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_correction_in_one_pass_and_in_two(in_one_pass, masked):
+    """In one, it is that of a GPU or TPU. Of any mean: here, of one far off."""
+    x, *_ = draw(1e5)
+    mask = np.arange(len(x))[:, None] % 3 != 1 if masked else None
+    num_elements, exact_mean, exact_var = oracle.moments(np.float64(x), mask=mask)
+    mean = (exact_mean + np.linspace(-1, 1, FEATURES)).astype(np.float32)
+    operands = (x, mean, mean, np.float32(num_elements)) + (mask,) * masked
+    correct = functools.partial(_rounding._correct, features=(1,))
+    mean, var, low = jax.jit(correct, static_argnames="in_one_pass")(
+        *operands, in_one_pass=in_one_pass
+    )
+    np.testing.assert_allclose(
+        np.float64(mean) + np.float64(low), exact_mean, atol=1e-6
+    )
+    assert_close(var, exact_var, jnp.float32, len(x))
 
 
 def test_one_far_feature_of_many():
