@@ -20,7 +20,7 @@ BLOCKS, WIDEST = 16, 2048
 
 
 def can_be_split(x: Any, features: tuple[int, ...]) -> bool:
-    """Whether an x of that type has blocks; half precision would not gain."""
+    """Whether an x of that type is split; y in half precision would not gain."""
     known = all(isinstance(size, int) for size in x.shape)
     reduced = known and math.prod(x.shape) > 0 and len(features) < x.ndim
     return reduced and x.dtype == jnp.float32 and not any(x.sharding.spec)
@@ -36,7 +36,7 @@ def mean_in_two(
     parts, axis = _sums(_centered.zero_masked(x, mask), features)
     blocks = parts.shape[axis]
     total = parts.sum(axis)
-    # Of so few digits that `blocks` times it is exact.
+    # Of few digits: less it, parts that are unlike are exact, too.
     part = digits(total / blocks, 8)
     rest = (parts - jnp.expand_dims(part, axis)).sum(axis)
     # Rounded here, and not once more in each place where it is added.
@@ -47,12 +47,16 @@ def mean_in_two(
 
 
 def _sums(x, features):
-    """Of as many interleaved blocks as there can be; and the axis that they lie on."""
+    """Of interleaved blocks, and the axis that they lie on."""
     reduced = _shapes.reduction_axes(features, x.ndim)
+    last = x.ndim - 1
     # Beside the features if they are last, and away from them if not.
-    axis = reduced[-1 if x.ndim - 1 in features else 0]
+    axis = reduced[-1 if last in features else 0]
     size, num_features = x.shape[axis], math.prod(x.shape[i] for i in features)
     blocks = math.gcd(size, BLOCKS)
+    # Of one long run of memory, which XLA adds up well, blocks would be short pieces.
+    if last not in features and axis not in (0, last):
+        blocks = 1
     while blocks > 1 and blocks * num_features > WIDEST:
         blocks //= 2
     x = x.reshape(*x.shape[:axis], -1, blocks, *x.shape[axis + 1 :])

@@ -157,7 +157,10 @@ def vary_together(axis_name: AxisName, *arrays: Any) -> tuple[Any, ...]:
 
 
 def lies_on_one_device(context: mlir.LoweringRuleContext) -> bool:
-    """Whether what is lowered here is for one device, and XLA will not partition it."""
+    """Whether what is lowered here is a program for one device.
+
+    XLA partitions no such program, but one that was exported and is called on more.
+    """
     axes = context.module_context.axis_context
     if hasattr(axes, "manual_axes"):  # in a shard_map
         return set(axes.manual_axes) == set(axes.mesh.axis_names)

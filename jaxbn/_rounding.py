@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxbn import _blocks, _centered, _devices
 from jaxbn._quotient import quotient
 
-# In standard deviations: up to here the mean is off by 1e-6 of std at most.
+# In standard deviations: up to here the mean is off by some 1e-6 of std at most.
 FAR = 8.0
 
 

@@ -338,13 +338,11 @@ def test_json(run):
         gradients = row["mode"] == "forward+backward" and row["contender"] != "copy"
         assert kept is not None if gradients else kept is None
     jaxbn_row = content["rows"][1]
-    # 2 of them are in the branch for means that are far from 0, and so is an all-reduce
-    # of two sums, which JAX 0.12 leaves apart.
+    # 2 of them are in the branch for means far from 0, and so are 2 all-reduces.
     if FUSES_SUMS:
         assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
     assert jaxbn_row["over_jaxbn"] == 1
-    in_all = 5 if jax.__version_info__ >= (0, 12) else 4
-    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == in_all
+    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == 5
     means = content["geometric_means"]
     assert set(means) == {"flax-fast"}
     assert set(means["flax-fast"]) == {"forward+backward"}
