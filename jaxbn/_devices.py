@@ -161,7 +161,7 @@ def lies_on_one_device(context: mlir.LoweringRuleContext) -> bool:
 
     XLA partitions no such program, but one that was exported and is called on more.
     """
-    axes = context.module_context.axis_context
+    axes: Any = context.module_context.axis_context  # one of two classes
     if hasattr(axes, "manual_axes"):  # in a shard_map
         return set(axes.manual_axes) == set(axes.mesh.axis_names)
     return getattr(axes, "num_devices", 2) == 1

@@ -104,7 +104,7 @@ FAULTS = {
         ("mantissa_bits=number - 1", "mantissa_bits=number"),
     ],
     "_devices": [
-        ("axes = context.module_context.axis_context", "return True"),
+        ("axes: Any = context.module_context.axis_context", "return True"),
         ("set(axes.manual_axes) == set(axes.mesh.axis_names)", "True"),
         ("set(axes.manual_axes) == set(axes.mesh.axis_names)", "False"),
         ('getattr(axes, "num_devices", 2) == 1', "False"),

@@ -57,7 +57,8 @@ def test_a_long_run_of_memory_is_one_sum(shape):
     parts = jax.jit(lambda x: (*mean_in_two(x, (0,)), x.mean((*range(1, x.ndim),))))(x)
     mean, low, plain = (np.float64(a) for a in parts)
     exact = np.float64(x).mean((*range(1, x.ndim),))
-    assert abs(mean + low - exact).max() <= abs(plain - exact).max()
+    rounding = np.spacing(np.float32(7)) / 2
+    assert abs(mean + low - exact).max() <= abs(plain - exact).max() + rounding
 
 
 @pytest.mark.parametrize("rows", [4, 16])
