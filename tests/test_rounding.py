@@ -60,11 +60,10 @@ def test_moments(ratio):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("rows", [3, 10, 1000, 4095])
-@pytest.mark.parametrize("size", [1.1, 10000.1, 1e6])
-def test_constant_features_are_nothing(dtype, rows, size):
+def test_constant_features_are_nothing(dtype, rows):
     """Where the mean's rounding alone would be y = 0.3 at 1e4, and 30 at 1e6."""
-    size = min(size, float(jnp.finfo(dtype).max) / 2)
-    x = jnp.asarray(np.linspace(size, 2 * size, FEATURES), dtype)
+    sizes = np.minimum([1.1, 10000.1, 1e6, 1.9e6], float(jnp.finfo(dtype).max))
+    x = jnp.asarray(sizes, dtype)
     x = jnp.broadcast_to(x, (rows, FEATURES))
     dy = jax.random.normal(jax.random.key(0), x.shape, dtype)
     y, _, dscale, _ = jax.jit(both)(x, jnp.ones(FEATURES), dy)
