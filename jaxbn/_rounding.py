@@ -68,7 +68,10 @@ def _correct_if_far(x, mean, var, *rest, features, low=None):
         jnp.any(abs(mean) > FAR * jnp.sqrt(var)),
         functools.partial(_correct, features=features, in_one_pass=False),
         lambda x, mean, var, *_: [mean, var, low],
-        *(x, mean, var, *rest),
+        x,
+        mean,
+        var,
+        *rest,
     )
 
 
