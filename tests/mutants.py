@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-from conftest import COMPILED
+import compiled as compiled  # the runs share what they compile
 from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -218,7 +218,7 @@ def run(module: str, old: str, new: str, folder: pathlib.Path) -> str:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", *tests],
         cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(copy), COMPILED: str(folder / "compiled")},
+        env=os.environ | {"PYTHONPATH": str(copy)},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """Runs of `python -m jaxbn train`, in this process and in others."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxbn.__main__ import main
+
+HERE = Path(__file__).parent
 
 # Two networks, 2 epochs of 23 steps each: a second or two, most of it compilation.
 SHORT = ("--model", "mlp", "--norm", "jaxbn", "none", "--epochs", 2)
@@ -17,15 +20,18 @@ def train(*flags: object) -> int:
     return main(["train", *map(str, flags)])
 
 
-def start(code: str, *flags: object) -> subprocess.Popen[str]:
-    """`train` in a process of its own, after some code."""
-    script = f"import os, signal, sys\n{code}\nfrom jaxbn.__main__ import main\n"
+def start(code: str, *flags: object, **env: str) -> subprocess.Popen[str]:
+    """`train` in a process of its own, after some code, with more environment."""
+    # What it compiles, the next one reads: see `compiled.py`.
+    script = f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+    script += f"import compiled\n{code}\nfrom jaxbn.__main__ import main\n"
     words = [sys.executable, "-c", script + "sys.exit(main(sys.argv[1:]))", "train"]
     return subprocess.Popen(
         [*words, *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | env,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 from cases import FUSES_SUMS
 from runs import train
 
@@ -45,15 +46,7 @@ class Processes:
 
     def start(self, *flags: object, code: str = "", **env: str) -> None:
         """One more process, with one CPU device, after some code."""
-        script = f"import sys\n{code}\nfrom jaxbn.__main__ import main\n"
-        words = [sys.executable, "-c", script + "sys.exit(main(sys.argv[1:]))", "train"]
-        process = subprocess.Popen(
-            [*words, *map(str, flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": "", **env},
-        )
+        process = runs.start(code, *flags, **{"XLA_FLAGS": "", **env})
         self.all.append(process)
 
     def pair(
