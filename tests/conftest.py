@@ -22,6 +22,7 @@ collect_ignore = ["clients"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.
 OPTIMIZED = {"blocks", "moments", "numerics", "quotient", "rounding"}
 
@@ -29,7 +30,7 @@ OPTIMIZED = {"blocks", "moments", "numerics", "quotient", "rounding"}
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request):
     """Let LLVM optimize, or not."""
-    disable = request.path.stem.removeprefix("test_") not in OPTIMIZED
+    disable = QUICK and request.path.stem.removeprefix("test_") not in OPTIMIZED
     if jax.config.read("jax_disable_most_optimizations") != disable:
         jax.config.update("jax_disable_most_optimizations", disable)
         jax.clear_caches()  # JAX would take what it has, whichever it is

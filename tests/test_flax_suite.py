@@ -119,7 +119,9 @@ def test_flax_tests_pass(suite: Suite, flax_tests: Path, tmp_path: Path) -> None
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""}
+        | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

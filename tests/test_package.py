@@ -1,5 +1,6 @@
 """What `import jaxbn` brings, and what the README shows, run as it stands."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -32,7 +33,10 @@ def test_public_names():
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_block_runs(number):
     """In a process of its own, as a reader would, in JAX's default configuration."""
-    subprocess.run([sys.executable, "-c", BLOCKS[number]], check=True, cwd=ROOT)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu"}
+    words = [sys.executable, "-c", BLOCKS[number]]
+    subprocess.run(words, check=True, cwd=ROOT, env=env)
 
 
 @pytest.mark.parametrize("command", ["jaxbn train", "pytest"])
