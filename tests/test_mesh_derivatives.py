@@ -19,7 +19,6 @@ from devices import (
     local_loss,
     old_state,
     over_devices,
-    quick_jit,
 )
 
 import jaxbn
@@ -85,7 +84,7 @@ def test_gradient_of_a_gradient(kind, derivative, grouped):
             grads = jax.grad(total, (0, 1, 2))(*at)
             return sum(jnp.vdot(g, v) for g, v in zip(grads, along, strict=True))
 
-        got = quick_jit(jax.grad(along_gradient, (0, 1, 2)))(*wide(at))
+        got = jax.jit(jax.grad(along_gradient, (0, 1, 2)))(*wide(at))
 
     def gradients(*at):
         return whole_batch(*at, mask, dy, groups or ALL)[1:]
@@ -110,7 +109,7 @@ def test_forward_mode(kind, grouped):
         def tangent(*at):
             return jax.jvp(lambda *a: devices(*a, mask), at, wide(along))[1]
 
-        got = quick_jit(tangent)(*wide(at))
+        got = jax.jit(tangent)(*wide(at))
 
     def y(*at):
         return whole_batch(*at, mask, dy, groups or ALL)[:1]

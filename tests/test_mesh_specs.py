@@ -21,7 +21,6 @@ from devices import (
     local_loss,
     mesh,
     old_state,
-    quick_jit,
 )
 from jax.sharding import PartitionSpec as P
 
@@ -99,7 +98,7 @@ def test_every_combination_of_specs(sync, check_vma, derivative):
 
         return jax.grad(total, (0, 1, 2), has_aux=True)(x, scale, bias)
 
-    @quick_jit
+    @jax.jit
     def program(drawn):
         return [
             gradients(*specs, *args)
@@ -125,7 +124,7 @@ def test_features_sharded_over_model(check_vma):
     """The usual layout: rows over data, features over model, moments over data only."""
     rows, features = P("data", "model"), P("model")
 
-    @quick_jit
+    @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=mesh(data=4, model=2),

@@ -22,7 +22,6 @@ from devices import (
     local_loss,
     mesh,
     old_state,
-    quick_jit,
 )
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +50,7 @@ def test_models_side_by_side(check_vma):
     )
     models = jax.vmap(one_model, (0, 0, None, 0, 0, None), spmd_axis_name="model")
 
-    @quick_jit
+    @jax.jit
     def gradients(x, params):
         def total(x, params):
             losses, aux = models(x, params, old_state(), mask, dy, c)
@@ -94,7 +93,7 @@ def test_axes_of_shard_map_and_vmap_together(axis_name):
         check_vma=False,
     )
 
-    @quick_jit
+    @jax.jit
     def gradients(x, params):
         def total(x, params):
             args = mask, dy.reshape(x.shape), c
@@ -126,7 +125,7 @@ def test_state_is_a_scan_carry_on_a_mesh(check_vma):
         state, y = jax.lax.scan(step, state, x[:, 0])
         return y[:, None], state
 
-    y, state = quick_jit(
+    y, state = jax.jit(
         jax.shard_map(
             body,
             mesh=mesh(**SHAPE),

@@ -24,7 +24,6 @@ from devices import (
     mesh,
     old_state,
     over_devices,
-    quick_jit,
 )
 from jax.sharding import PartitionSpec as P
 
@@ -44,13 +43,13 @@ def program(kind, where, derivative, grouped, params_axis):
     in_axes = (0, params_axis, None, 0, 0, None)
     if where == "inside":
         grad = jax.grad(loss, (0, 1), has_aux=True)
-        return quick_jit(over_devices(kind, grad, in_axes))
+        return jax.jit(over_devices(kind, grad, in_axes))
 
     def total(*args):
         losses, aux = over_devices(kind, loss, in_axes)(*args)
         return losses.sum(), aux
 
-    return quick_jit(jax.grad(total, (0, 1), has_aux=True))
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))
 
 
 def whole(gradient, kind, where):
@@ -112,7 +111,7 @@ def test_vmap_with_spmd_axis_name():
     with jax.set_mesh(mesh(d=NUM)):
         x = jax.device_put(x, P("d"))
         params = jaxbn.Params(scale, bias)
-        (dx, dparams), aux = quick_jit(lanes)(x, params, old_state(), mask, dy, c)
+        (dx, dparams), aux = jax.jit(lanes)(x, params, old_state(), mask, dy, c)
     assert dx.sharding.shard_shape(dx.shape)[0] == 1
     full = [np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias)]
     desired = expected(x, *full, mask, dy)
@@ -123,7 +122,7 @@ def test_vmap_with_spmd_axis_name():
 def test_statistics_per_shard_on_purpose(kind):
     """The recipe: shard_map without `axis_name`, and a state for every shard."""
     f = jax.grad(local_loss, (0, 1), has_aux=True)
-    f = quick_jit(over_devices(kind, f, (0, 0, None, 0, 0, None)))
+    f = jax.jit(over_devices(kind, f, (0, 0, None, 0, 0, None)))
     x, scale, bias, mask, dy, c = draw()
     mask[3] = False
     (dx, dparams), aux = f(x, jaxbn.Params(scale, bias), old_state(), mask, dy, c)
@@ -137,7 +136,7 @@ def test_bad_names_are_refused_before_jax_sees_them(kind):
 
     def moments(name):
         f = functools.partial(jaxbn.batch_moments, axis_name=name)
-        return quick_jit(over_devices(kind, f, (0,)))(x)
+        return jax.jit(over_devices(kind, f, (0,)))(x)
 
     for name in (("d", "d"), ["d", "e", "d"]):  # JAX 0.12 would abort the process
         with pytest.raises(ValueError, match="`axis_name` must name each axis once"):

@@ -11,7 +11,6 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, assert_close, case_ids
-from devices import quick_jit
 from flax import nnx
 from flax.errors import TraceContextError
 from flax.nnx.nn.dtypes import promote_dtype
@@ -228,7 +227,7 @@ def random_like(variables, seed=0):
 def linen_steps(norm, variables, x, mask, dy):
     """(y, batch_stats, (params' gradients, dx)), in training and in inference."""
 
-    @quick_jit
+    @jax.jit
     def steps(variables, x, dy):
         def step(use_running_average):
             def apply(params, x):
@@ -256,7 +255,7 @@ def nnx_steps(norm, variables, x, mask, dy):
         getattr(norm, name).set_value(value)
     graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
 
-    @quick_jit
+    @jax.jit
     def steps(params, rest, x, dy):
         def step(use_running_average):
             def apply(params, x):

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from devices import mesh, quick_jit
+from devices import mesh
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -218,7 +218,7 @@ def step_of(static, function=jaxbn.batch_norm):
 
 @functools.cache
 def compiled(static, function=jaxbn.batch_norm):
-    return quick_jit(step_of(static, function))
+    return jax.jit(step_of(static, function))
 
 
 def named(y, state, dx, dscale, dbias):
@@ -406,7 +406,7 @@ def order_does_not_matter(example):
 
 @functools.cache
 def compiled_moments(axis, cuts):
-    @quick_jit
+    @jax.jit
     def moments(x, mask):
         def part(rows):
             has_rows = mask is not None and mask.shape[0] == x.shape[0]
@@ -438,7 +438,7 @@ def parts_merge_into_the_whole(example, cuts):
 
 @functools.cache
 def compiled_backward(kernel):
-    @quick_jit
+    @jax.jit
     def backward(x, scale, bias, mask, *dys):
         _, cache = jaxbn.forward(x, scale, bias, mask=mask, **dict(kernel))
         return [jaxbn.backward(dy, cache) for dy in dys]
@@ -470,7 +470,7 @@ def backward_is_linear(example, a, b):
 
 @functools.cache
 def vmapped(static):
-    return quick_jit(jax.vmap(step_of(static), (0, 0, 0, None, 0, None, 0)))
+    return jax.jit(jax.vmap(step_of(static), (0, 0, 0, None, 0, None, 0)))
 
 
 @in_dtype
@@ -500,7 +500,7 @@ def vmap_equals_a_loop(example, momenta):
 def over_devices(static, num, has_mask):
     """The step with `axis_name`, and the rows of x over `num` devices."""
     rows, same = P("d"), P()
-    return quick_jit(
+    return jax.jit(
         jax.shard_map(
             step_of((*static, ("axis_name", "d"))),
             mesh=mesh(d=num),
@@ -567,7 +567,7 @@ UPDATES = [
 def compiled_updates(mode, running_variance):
     static = dict(mode) | {"running_variance": running_variance}
 
-    @quick_jit
+    @jax.jit
     def updates(state, x, mask, momentum):
         if static["momentum"] is not None:
             static["momentum"] = momentum

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import assert_close
-from devices import EPSILON, MOMENTUM, batch_norm, mesh, quick_jit
+from devices import EPSILON, MOMENTUM, batch_norm, mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,7 +52,7 @@ def test_equals_the_whole_batch(kind, layout, derivative):
     of_x, of_params = (NamedSharding(devices, spec) for spec in LAYOUTS[layout])
     x, params, mask, dy, c = draw()
     _, state = jaxbn.init(FEATURES)
-    f = quick_jit(functools.partial(gradients, derivative=derivative))
+    f = jax.jit(functools.partial(gradients, derivative=derivative))
     with jax.set_mesh(devices):
         (dx, dparams), (y, new) = f(
             jax.device_put(x, of_x),

@@ -21,7 +21,6 @@ from devices import (
     expected,
     local_loss,
     old_state,
-    quick_jit,
 )
 from flax import linen as nn
 
@@ -62,7 +61,7 @@ def test_vmap(layout, where, derivative):
             return losses.sum(), aux
 
         f = jax.grad(total, (0, 1), has_aux=True)
-    (dx, dparams), aux = quick_jit(f)(x, params, state, mask, dy, c)
+    (dx, dparams), aux = jax.jit(f)(x, params, state, mask, dy, c)
 
     full = [np.broadcast_to(a, (NUM, *a.shape[-2:])) for a in (x, mask)]
     scale, bias = (np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias))
@@ -94,7 +93,7 @@ def test_nested_vmap(where):
 
         f = jax.grad(total, (0, 1), has_aux=True)
     params = jaxbn.Params(jnp.array(scale), jnp.array(bias))
-    (dx, dparams), aux = quick_jit(f)(x, params, old_state(), mask, dy, c)
+    (dx, dparams), aux = jax.jit(f)(x, params, old_state(), mask, dy, c)
     per_batch = [a.reshape(NUM, *a.shape[2:]) for a in (x, mask, dy)]
     full = [np.repeat(a, 4, axis=0) for a in (scale, bias)]
     desired = expected(per_batch[0], *full, *per_batch[1:], ALONE)
@@ -122,7 +121,7 @@ def test_state_is_a_carry_of_loops():
     def train(x, state):
         return batch_norm(x, params, state)
 
-    @quick_jit
+    @jax.jit
     def loops(x):
         def at(state):
             return train(x[state.num_updates - first.num_updates], state)[1]
@@ -246,7 +245,7 @@ def test_linen_vmap(sync):
         total = (y * dy).sum() + new["mean"].sum() + new["var"].sum()
         return total, (y, new["mean"], new["var"])
 
-    f = quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    f = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
     grads, aux = f(x, jnp.array(scale), jnp.array(bias))
     full = [np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias)]
     desired = list(expected(x, *full, mask, dy, *([] if sync else [ALONE])))
