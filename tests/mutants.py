@@ -83,7 +83,9 @@ FAULTS = {
         ("rest = (parts - jnp.expand_dims(part, axis)).sum(axis)", "rest = 0 * part"),
         ("quotient(part * blocks, divisor, rest)", "quotient(total, divisor)"),
         ("_centered.zero_masked(x, mask)", "x"),
-        ("reduced[-1 if x.ndim - 1 in features else 0]", "reduced[0]"),
+        ("reduced[-1 if last in features else 0]", "reduced[0]"),
+        ("reduced[-1 if last in features else 0]", "reduced[-1]"),
+        ("if last not in features and axis not in (0, last)", "if False"),
         ("[i + (i > axis) for i in reduced]", "list(reduced)"),
         ("sum(i < axis for i in features)", "0"),
         ("BLOCKS, WIDEST = 16, 2048", "BLOCKS, WIDEST = 1, 2048"),
@@ -92,7 +94,6 @@ FAULTS = {
         ("known and math.prod(x.shape) > 0", "math.prod(x.shape) > 0"),
         ("math.prod(x.shape) > 0 and len", "len"),
         ("and len(features) < x.ndim", ""),
-        ("and not any(x.sharding.spec)", ""),
         ("x.dtype == jnp.float32 and", ""),
     ],
     "_quotient": [

@@ -1,9 +1,14 @@
 """Means that are near 0 for their standard deviation: sums of blocks, on the CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import _moments
@@ -77,6 +82,38 @@ def test_a_mean_that_is_near_under_vmap():
     parts = jax.jit(jax.vmap(lambda x: mean_in_two(x, (1,))))(x)
     mean, low = (np.float64(a) for a in parts)
     np.testing.assert_allclose(mean + low, np.float64(x).mean(1), rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mean_that_is_near_on_a_mesh_of_one_device(kind):
+    x = draw((16, 4), 3)
+    one = jax.make_mesh((1,), ("d",), (kind,), devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        sharded = jax.device_put(x, NamedSharding(one, P("d")))
+        parts = jax.jit(lambda x: mean_in_two(x, (1,)))(sharded)
+    mean, low = (np.float64(a) for a in parts)
+    np.testing.assert_allclose(mean + low, np.float64(x).mean(0), rtol=1e-8)
+
+
+def test_a_mean_that_is_near_in_a_shard_map():
+    x = draw((3 * 16, 4), 3)
+    over = jax.shard_map(
+        lambda x: mean_in_two(x, (1,)),
+        mesh=mesh(d=3),
+        in_specs=P("d"),
+        out_specs=P("d"),
+    )
+    mean, low = (np.float64(a).reshape(3, 4) for a in jax.jit(over)(x))
+    exact = np.float64(x).reshape(3, 16, 4).mean(1)
+    np.testing.assert_allclose(mean + low, exact, rtol=1e-8)
+
+
+@pytest.mark.parametrize("axis", [(0, 1), (1,)])
+def test_a_mean_of_one_number_is_that(axis):
+    x = draw((1, 4), 3)
+    batch = jax.jit(functools.partial(jaxbn.batch_moments, axis=axis))(x)
+    np.testing.assert_array_equal(batch.mean.reshape(4), x[0])
+    np.testing.assert_array_equal(batch.var, 0)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3.4e38])
