@@ -1,9 +1,11 @@
-"""What one process of a run of tests has compiled, the others read.
+"""What one process of a run of tests has compiled, others with the same flags read.
 
-So do the processes that a test starts. Those alone that import this module write, too:
-they leave no half of a file where another would find it.
+So do the processes that a test starts, unless it hides JAX's variables from them. Those
+alone that import this module write, too: they leave no half of a file where another
+would find it.
 """
 
+import contextlib
 import os
 import tempfile
 from os import replace  # a test may put another in its place
@@ -26,7 +28,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def put_whole(self, key, value):
     """As JAX's, but no process can read the half of a file."""
     path = os.path.join(self.path, f"{key}-cache")
-    if not os.path.exists(path):
+    if os.path.exists(path):
+        return
+    with contextlib.suppress(OSError):  # a test may leave no room
         with tempfile.NamedTemporaryFile(dir=self.path, delete=False) as file:
             file.write(value)
         replace(file.name, path)

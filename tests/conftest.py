@@ -24,16 +24,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.
-OPTIMIZED = {"blocks", "moments", "numerics", "quotient", "rounding"}
+OPTIMIZED = {
+    "batch_norm",
+    "blocks",
+    "moments",
+    "normalize",
+    "numerics",
+    "peer_vectors",
+    "quotient",
+    "rounding",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request):
-    """Let LLVM optimize, or not."""
-    disable = QUICK and request.path.stem.removeprefix("test_") not in OPTIMIZED
-    if jax.config.read("jax_disable_most_optimizations") != disable:
-        jax.config.update("jax_disable_most_optimizations", disable)
-        jax.clear_caches()  # JAX would take what it has, whichever it is
+    """Let LLVM optimize where the tests of a module need it."""
+    needed = QUICK and request.path.stem.removeprefix("test_") in OPTIMIZED
+    if needed:
+        optimize(True)
+    yield
+    if needed:
+        optimize(False)
+
+
+def optimize(on):
+    jax.config.update("jax_disable_most_optimizations", not on)
+    jax.clear_caches()  # JAX would take what it has, whichever it is
 
 
 @pytest.fixture

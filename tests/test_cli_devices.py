@@ -99,13 +99,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
     largest difference is about 2e-6. With the ReLUs of `cnn` a rounding error sooner
     or later moves a zero, and then everything by 1e-4; the first steps agree.
     """
-    runs = [_files.load_checkpoints(path)["jaxbn"] for path in (folder, other)]
-    assert runs[0]["settings"] == runs[1]["settings"]
-    assert runs[0]["accuracies"].tolist() == runs[1]["accuracies"].tolist()
-    np.testing.assert_allclose(runs[0]["losses"], runs[1]["losses"], rtol=1e-5)
+    a, b = (_files.load_checkpoints(path)["jaxbn"] for path in (folder, other))
+    assert a["settings"] == b["settings"]
+    assert a["accuracies"].tolist() == b["accuracies"].tolist()
+    np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        *(run["state"] for run in runs),
+        a["state"],
+        b["state"],
     )
 
 

@@ -133,8 +133,10 @@ def test_killed_twice_and_resumed(short_run, tmp_path):
     ],
     ids=["mlp", "cnn"],
 )
-def test_killed_at_random_moments(flags, kills, tmp_path, capsys):
+def test_killed_at_random_moments(flags, kills, tmp_path, capsys, monkeypatch):
     """With `-s` it says where the kills fell."""
+    # Each compiles by itself, to be killed there.
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     assert train(*flags, "--out", tmp_path / "whole") == 0
     rng = np.random.default_rng()
 
