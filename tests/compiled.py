@@ -19,6 +19,8 @@ if COMPILED not in os.environ:
     os.environ[COMPILED] = os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     # Longer than any compilation: nothing is written.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    if jax.__version_info__ < (0, 10, 2):  # it complains, on stderr, of what it reads
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
