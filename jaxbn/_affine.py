@@ -72,7 +72,8 @@ def normalize(
     var = _shapes.check_per_feature("var", var, x, config.features)
     if mean is None or var is None:
         raise TypeError("`mean` and `var` must be arrays; got None")
-    return affine(config, x, mean, var, scale, bias, mask)
+    rstd = rstd_of(var, config.epsilon, _shapes.accumulation_dtype(x.dtype))
+    return affine(config, x, mean, rstd, scale, bias, mask)
 
 
 def check_arguments(
@@ -90,23 +91,19 @@ def affine(
     config: Config,
     x: Any,
     mean: Any,
-    var: Any,
+    rstd: Any,
     scale: Any,
     bias: Any,
     mask: Any,
-    mean_low: Any = None,
+    tail: Any = None,
 ) -> jax.Array:
-    """`normalize` of arguments that were checked; the exact mean is mean + mean_low."""
+    """(x - mean - tail) rstd scale + bias, of arguments that were checked."""
     dtype = _shapes.accumulation_dtype(x.dtype)
-    a = rstd_of(var, config.epsilon, dtype)
-    a = a if scale is None else a * cast(scale, dtype)
-    shift = None if bias is None else cast(bias, dtype)
-    if mean_low is not None:
-        shift = -a * mean_low if shift is None else shift - a * mean_low
-    y = centered(x, mean, mask, config.features)
+    a = rstd if scale is None else rstd * cast(scale, dtype)
+    y = centered(x, mean, mask, config.features, tail)
     y = y * _shapes.expand(a, config.features, x.ndim)
-    if shift is not None:
-        y = y + _shapes.expand(shift, config.features, x.ndim)
+    if bias is not None:
+        y = y + _shapes.expand(cast(bias, dtype), config.features, x.ndim)
     return zero_masked(y, mask).astype(config.dtype or x.dtype)
 
 

@@ -215,7 +215,10 @@ def apply_batch_norm(
     _checks.check_choice("derivative", derivative, get_args(_shapes.Derivative))
     config = dataclasses.replace(config, dtype=dtype)
     if not train:
-        y = _affine.affine(config, x, state.mean, state.var, scale, bias, mask)
+        rstd = _affine.rstd_of(
+            state.var, config.epsilon, _shapes.accumulation_dtype(x.dtype)
+        )
+        y = _affine.affine(config, x, state.mean, rstd, scale, bias, mask)
         return y, state
     if not initializing:
         names, groups = _devices.check_axis_name(axis_name, axis_index_groups)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxbn import _checks
@@ -154,17 +153,6 @@ def vary_together(axis_name: AxisName, *arrays: Any) -> tuple[Any, ...]:
         return lax.pcast(array, tuple(sorted(missing, key=str)), to="varying")
 
     return tuple(None if a is None else cast(a) for a in arrays)
-
-
-def lies_on_one_device(context: mlir.LoweringRuleContext) -> bool:
-    """Whether what is lowered here is a program for one device.
-
-    XLA partitions no such program, but one that was exported and is called on more.
-    """
-    axes: Any = context.module_context.axis_context  # one of two classes
-    if hasattr(axes, "manual_axes"):  # in a shard_map
-        return set(axes.manual_axes) == set(axes.mesh.axis_names)
-    return getattr(axes, "num_devices", 2) == 1
 
 
 def _varying(array: Any) -> frozenset[Any]:

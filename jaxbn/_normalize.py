@@ -19,13 +19,13 @@ differ from device to device, while dscale and dbias stay local (`vary_together`
 JAX sum them where a parameter is replicated). For complex x, where var is real, x_hat
 in dx is conjugated and its factor is Re(a dscale).
 
-The mean comes in two parts, mean + low (`_rounding`). Passes over x subtract the first;
-what the second adds is one number per feature, and goes into bias, dscale and the
-projection on 1.
+The mean comes in two parts, head + tail (`_moments`), and passes over x subtract one
+after the other.
 
-The memory traffic, in sizes of x: forward 4 (mean; var; x to y), backward 6 (dbias;
-dscale from x and dy; x and dy to dx). Each of these passes takes its big operands
-through `apart_on_cpu`; `_barriers` says why.
+The memory traffic, in sizes of x, beside the part of x whose mean is the shift. GPU and
+TPU: forward 3 (both moments; x to y), backward 5 (dbias and dscale; x and dy to dx).
+CPU, where no pass takes two sums: forward 4, backward 6. There, each pass takes its big
+operands through `apart_on_cpu`; `_barriers` says why.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from jaxbn import _checks, _devices, _shapes
 from jaxbn._affine import Config, affine, cast, check_arguments, rstd_of
 from jaxbn._barriers import apart_on_cpu
 from jaxbn._centered import centered, zero_masked
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments, SplitMoments, moments
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +51,7 @@ class Cache:
     x: jax.Array
     scale: jax.Array | None
     mask: jax.Array | None
-    moments: Moments
-    mean_low: jax.Array
+    moments: SplitMoments
     index: jax.Array | None
     bias_dtype: Any = dataclasses.field(metadata={"static": True})
     config: Config = dataclasses.field(metadata={"static": True})
@@ -152,14 +151,15 @@ def backward(
     reduced = _shapes.reduction_axes(config.features, x.ndim)
     expand = functools.partial(_shapes.expand, features=config.features, ndim=x.ndim)
     dtype = _shapes.accumulation_dtype(x.dtype)
-    num_elements, mean, var = cache.moments
-    rstd = rstd_of(var, config.epsilon, dtype)
+    num_elements, head, tail, var = cache.moments
+    rstd = _rstd(config, var, dtype)
 
+    if dy.dtype != dtype:  # or XLA:CPU writes out the float32 copy of dy
+        (dy,) = apart_on_cpu(dy)
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
-    x, mean, rstd = apart_on_cpu(x, mean, rstd)
-    g = zero_masked(apart_on_cpu(dy, mean)[0].astype(dtype), mask)
-    dscale = (g * centered(x, mean, mask, config.features)).sum(reduced)
-    dscale = (dscale - cache.mean_low * dbias) * rstd
+    x, head, rstd = apart_on_cpu(x, head, rstd)
+    g = zero_masked(apart_on_cpu(dy, head)[0].astype(dtype), mask)
+    dscale = (g * centered(x, head, mask, config.features, tail)).sum(reduced) * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
@@ -167,12 +167,10 @@ def backward(
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
 
-    x, mean, on_x_hat = apart_on_cpu(x, mean, on_x_hat)
+    x, head, on_x_hat = apart_on_cpu(x, head, on_x_hat)
     g = zero_masked(apart_on_cpu(dy, on_x_hat)[0].astype(dtype), mask)
-    slope = rstd * on_x_hat
-    level = on_one - slope * cache.mean_low.conj()
-    conj = centered(x, mean, mask, config.features).conj()
-    dx = expand(a) * g - expand(level) - expand(slope) * conj
+    conj = centered(x, head, mask, config.features, tail).conj()
+    dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * conj
     return (
         # Rounded once: bfloat16 parts that are added up lose 4 % where it matters.
         zero_masked(dx, mask).astype(x.dtype),
@@ -200,24 +198,30 @@ def normalize_batch(
 def _forward(
     config: Config, x: Any, scale: Any, bias: Any, mask: Any
 ) -> tuple[jax.Array, Cache]:
-    batch, mean_low = moments(x, mask, config.features, config.axis_name, config.groups)
-    x_apart, mean, var = apart_on_cpu(x, batch.mean, batch.var)
-    y = affine(config, x_apart, mean, var, scale, bias, mask, mean_low)
+    batch = moments(x, mask, config.features, config.axis_name, config.groups)
+    rstd = _rstd(config, batch.var, batch.head.dtype)
+    x_apart, head, rstd = apart_on_cpu(x, batch.head, rstd)
+    y = affine(config, x_apart, head, rstd, scale, bias, mask, batch.tail)
     bias_dtype = None if bias is None else bias.dtype
     index = _devices.position(config.axis_name)
-    return y, Cache(x, scale, mask, batch, mean_low, index, bias_dtype, config)
+    return y, Cache(x, scale, mask, batch, index, bias_dtype, config)
+
+
+def _rstd(config: Config, var: jax.Array, dtype: Any) -> jax.Array:
+    """1 / std of a batch, NaN where the variance overflows: 0 would give y = bias."""
+    return jnp.where(jnp.isinf(var), jnp.nan, rstd_of(var, config.epsilon, dtype))
 
 
 # The rule wraps the whole map from x, so that the moments are computed inside it:
 # handed in as constants they would make every second derivative silently wrong.
 def _normalize_batch(config, x, scale, bias, mask):
     y, cache = _forward(config, x, scale, bias, mask)
-    return y, cache.moments
+    return y, cache.moments.rounded
 
 
 def _normalize_batch_fwd(config, x, scale, bias, mask):
     y, cache = _forward(config, x, scale, bias, mask)
-    return (y, cache.moments), cache
+    return (y, cache.moments.rounded), cache
 
 
 def _normalize_batch_bwd(config, cache, cotangents):
@@ -239,8 +243,8 @@ def _native(config, x, scale, bias, mask):
 
     @jax.checkpoint
     def stage_affine(x, batch, scale, bias):
-        batch, mean_low = batch
-        return affine(config, x, batch.mean, batch.var, scale, bias, mask, mean_low)
+        rstd = _rstd(config, batch.var, batch.head.dtype)
+        return affine(config, x, batch.head, rstd, scale, bias, mask, batch.tail)
 
-    batch, mean_low = stage_moments(x)
-    return stage_affine(x, (batch, mean_low), scale, bias), batch
+    batch = stage_moments(x)
+    return stage_affine(x, batch, scale, bias), batch.rounded

@@ -129,8 +129,8 @@ def renormalize(
     d_max: Limit,
 ) -> tuple[jax.Array, Moments]:
     """A `Normalize`: the kernel with scale r and bias + scale d."""
-    batch, _ = moments(x, mask, config.features, config.axis_name, config.groups)
-    batch, state = lax.stop_gradient((batch, state))
+    batch = moments(x, mask, config.features, config.axis_name, config.groups)
+    batch, state = lax.stop_gradient((batch.rounded, state))
     dtype = _shapes.accumulation_dtype(x.dtype)
     rstd = _affine.rstd_of(state.var, config.epsilon, dtype)
     r = rstd / _affine.rstd_of(batch.var, config.epsilon, dtype)
