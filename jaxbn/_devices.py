@@ -4,6 +4,7 @@ Every difference between JAX versions, and between `shard_map`, `pmap` and
 `vmap(axis_name=...)`, is met in this file.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -108,6 +109,42 @@ def group_sum(
     if groups is None:
         return lax.psum(value, axis_name)
     return gather(value, axis_name, groups, index).sum(0)
+
+
+def num_shards(x: jax.Array, axis: int) -> int:
+    """How many devices share an axis of x, on an explicit mesh; elsewhere 1."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def varying_beyond(a: jax.Array, b: jax.Array) -> tuple[Hashable, ...]:
+    """The axes of a shard_map over which b varies and a does not."""
+    return tuple(sorted(_varying(b) - _varying(a), key=str))
+
+
+def all_over(names: tuple[Hashable, ...], flags: jax.Array) -> jax.Array:
+    """Where `flags` are True on all devices of the named axes."""
+    if not names:
+        return flags
+    return lax.pmin(flags.astype(jnp.int32), names) > 0
+
+
+def split_rows(x: jax.Array, blocks: int) -> jax.Array:
+    """Return x with its rows as two axes, (blocks, rows of one block)."""
+    if blocks % num_shards(x, 0):  # JAX cuts no block on an explicit mesh
+        x = _reshard(x, x, PartitionSpec(None, *jax.typeof(x).sharding.spec[1:]))
+    return x.reshape(blocks, -1, *x.shape[1:])
+
+
+def replicate_rows(table: jax.Array) -> jax.Array:
+    """`table` with all its rows on each device, sent in one collective."""
+    spec = jax.typeof(table).sharding.spec
+    table = _reshard(table, table, PartitionSpec(None, *spec[1:]))
+    # Under plain jit, XLA makes a collective of a gather, the one that all consumers
+    # need. The barrier hides that it changes nothing.
+    return table[lax.optimization_barrier(jnp.arange(table.shape[0]))]
 
 
 def lay_out_as_features(param: Any, x: jax.Array, features: tuple[int, ...]) -> Any:

@@ -1,11 +1,11 @@
 """Ghost batch norm: each small part of a batch is normalized by its own moments."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn import _checks, _devices, _shapes
 from jaxbn._affine import Config
@@ -141,26 +141,30 @@ def normalize_ghosts(
 ) -> tuple[jax.Array, Moments]:
     """A `Normalize`: y, and the moments of all ghost batches, on all devices."""
     del state
-    x, scale, bias, mask = _devices.vary_together(
-        config.axis_name, x, scale, bias, mask
-    )
-    alone = Config(config.features, config.epsilon, dtype=config.dtype)
+    rows = x.shape[0]
+    # The ghost batches are one more feature axis, the first.
+    alone = Config((0, *(i + 1 for i in config.features)), config.epsilon)
+    alone = dataclasses.replace(alone, dtype=config.dtype)
 
     def split(array: jax.Array) -> jax.Array:
-        return array.reshape(-1, size, *array.shape[1:])
+        return _devices.split_rows(array, rows // size)
+
+    def for_each(param: Any) -> Any:
+        if param is None:
+            return None
+        return jnp.broadcast_to(param, (rows // size, *param.shape))
 
     if mask is not None:
-        mask = split(jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])))
-    y, batches = jax.vmap(
-        lambda x, mask: normalize_batch(alone, derivative, x, scale, bias, mask)
-    )(split(x), mask)
-    rows = jax.vmap(to_rows)(batches)
+        mask = split(jnp.broadcast_to(mask, (rows, *mask.shape[1:])))
+    y, batches = normalize_batch(
+        alone, derivative, split(x), for_each(scale), for_each(bias), mask
+    )
+    y = _devices.lay_out_as(y.reshape(x.shape), x)
+    table = to_rows(batches).swapaxes(0, 1)
     if config.axis_name is None:
-        # Under plain jit over shards, this gather makes one collective of all that the
-        # state needs; the barrier hides that it changes nothing.
-        rows = rows[lax.optimization_barrier(jnp.arange(rows.shape[0]))]
+        table = _devices.replicate_rows(table)
     else:
         index = _devices.position(config.axis_name)
-        rows = _devices.gather(rows, config.axis_name, config.groups, index)
-        rows = rows.reshape(-1, *rows.shape[2:])
-    return y.reshape(x.shape), Moments(*from_rows(rows.swapaxes(0, 1)))
+        table = _devices.gather(table, config.axis_name, config.groups, index)
+        table = table.reshape(-1, *table.shape[2:])
+    return y, Moments(*from_rows(table.swapaxes(0, 1)))

@@ -194,7 +194,7 @@ def _local_moments(
     x, shift = apart_on_cpu(x, shift)
     total = centered(x, shift, mask, features).sum(reduced)
     offset = total / divisor.astype(total.dtype)
-    x, shift, offset = apart_on_cpu(x, shift, offset)
+    x, shift, divisor = apart_on_cpu(x, shift, divisor)
     squares = abs_squared(centered(x, shift, mask, features)).sum(reduced)
     square = squares / divisor
     # An infinite square stays one; inf - inf would be NaN.
@@ -230,16 +230,17 @@ def _part(x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     of the rows, as k blocks, the middle of each. With k the largest power of two that
     divides them, no device has a part of a block.
     """
-    spec = jax.typeof(x).sharding.spec  # knows of explicit shardings alone
     for axis in reduced:
-        if axis > 0 and x.shape[axis] >= 4 and spec[axis] is None:
+        if axis > 0 and x.shape[axis] >= 4 and _devices.num_shards(x, axis) == 1:
             return _middle(x, axis), reduced
-    if 0 not in reduced or x.shape[0] < 16:
-        return x, reduced
     rows = x.shape[0]
+    if 0 not in reduced or rows < 16:
+        return x, reduced
     blocks = rows & -rows
     while rows // blocks < 16:
         blocks //= 2
+    if blocks % _devices.num_shards(x, 0):
+        return x, reduced
     x = x.reshape(blocks, rows // blocks, *x.shape[1:])
     return _middle(x, 1), (0, *(i + 1 for i in reduced))
 
@@ -301,7 +302,9 @@ def to_rows(batch: Moments | SplitMoments) -> jax.Array:
     num_elements, mean, *rest = batch
     # The product is laid out as the mean is, over a mesh and over named axes.
     count = num_elements.astype(mean.dtype) * jnp.ones_like(mean)
-    return jnp.stack([count, mean, *(row.astype(mean.dtype) for row in rest)])
+    rows = count, mean, *(row.astype(mean.dtype) for row in rest)
+    # Not jnp.stack: under vmap of shard_map it refuses a count that is not mapped.
+    return jnp.concatenate([row[None] for row in rows])
 
 
 def from_rows(rows: jax.Array) -> list[jax.Array]:
@@ -312,16 +315,16 @@ def from_rows(rows: jax.Array) -> list[jax.Array]:
 def _merge(parts: SplitMoments) -> SplitMoments:
     """The moments of the union of disjoint parts, which lie on the first axis."""
     num_elements, head, tail, var = parts
-    total = num_elements.sum(0)
+    total = num_elements.sum(0, keepdims=True)
     weight = num_elements / jnp.maximum(total, 1)
-    counted = num_elements > 0
 
     def mean(values: jax.Array) -> jax.Array:
-        values = jnp.where(counted, values, 0)
-        return (weight.astype(values.dtype) * values).sum(0)
+        values = jnp.where(num_elements > 0, values, 0)
+        return (weight.astype(values.dtype) * values).sum(0, keepdims=True)
 
     # As in one batch: a constant, and small differences from it.
     shift = _rounded_once(mean(head))
     offsets = head - shift + tail
     offset = mean(offsets)
-    return SplitMoments(total, shift, offset, mean(var + abs_squared(offsets - offset)))
+    var = mean(var + abs_squared(offsets - offset))
+    return SplitMoments(total[0], shift[0], offset[0], var[0])

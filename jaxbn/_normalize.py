@@ -159,7 +159,9 @@ def backward(
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
     x, head, rstd = apart_on_cpu(x, head, rstd)
     g = zero_masked(apart_on_cpu(dy, head)[0].astype(dtype), mask)
-    dscale = (g * centered(x, head, mask, config.features, tail)).sum(reduced) * rstd
+    # The tail comes after: XLA:CPU would write out x - head - tail.
+    dscale = (g * centered(x, head, mask, config.features)).sum(reduced)
+    dscale = (dscale - tail * dbias) * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
@@ -200,8 +202,8 @@ def _forward(
 ) -> tuple[jax.Array, Cache]:
     batch = moments(x, mask, config.features, config.axis_name, config.groups)
     rstd = _rstd(config, batch.var, batch.head.dtype)
-    x_apart, head, rstd = apart_on_cpu(x, batch.head, rstd)
-    y = affine(config, x_apart, head, rstd, scale, bias, mask, batch.tail)
+    x_apart, head, tail = apart_on_cpu(x, batch.head, batch.tail)
+    y = affine(config, x_apart, head, rstd, scale, bias, mask, tail)
     bias_dtype = None if bias is None else bias.dtype
     index = _devices.position(config.axis_name)
     return y, Cache(x, scale, mask, batch, index, bias_dtype, config)

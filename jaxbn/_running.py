@@ -91,7 +91,8 @@ def update(
     A feature keeps its statistics where a batch counted nothing for it (fewer than 2
     elements, if "unbiased"), or where its moments or what comes of them is not finite.
     With `momentum=None` or `debias` all features are updated or none is, as one count
-    has to be right for all of them.
+    has to be right for all of them. In a shard_map with `check_vma` whose features are
+    sharded, the count is one for all shards: a batch counts if any of them took it.
 
     One step is s <- keep s + (1 - keep) b, with keep = 1 where the batch is passed
     over. Many steps in turn are one weighted sum: the weight of b is its own 1 - keep
@@ -106,8 +107,11 @@ def update(
         var = var * (num_elements / jnp.maximum(num_elements - 1, 1))
     took = enough & jnp.isfinite(batches.mean) & jnp.isfinite(var)
     one_count = momentum is None or debias
+    # Axes of a shard_map over which the features are sharded, and the count is not.
+    shards = _devices.varying_beyond(state.num_updates, state.mean)
     if one_count:
-        took = jnp.broadcast_to(_all_features(took), took.shape)
+        all_took = _devices.all_over(shards, _all_features(took))
+        took = jnp.broadcast_to(all_took, took.shape)
     real = _shapes.accumulation_dtype(state.var.dtype)
     keep, take = (
         jnp.where(took, share, passed).astype(real)
@@ -132,8 +136,9 @@ def update(
     new = blend(state.mean, batches.mean), blend(state.var, var)
     fits = jnp.isfinite(new[0]) & jnp.isfinite(new[1])  # the dtype of the state, too
     if one_count:
-        fits = jnp.broadcast_to(jnp.all(fits), fits.shape)
-    num_taken = jnp.any(took & fits[None], axis=tuple(range(1, took.ndim))).sum()
+        fits = jnp.broadcast_to(_devices.all_over(shards, jnp.all(fits)), fits.shape)
+    any_took = jnp.any(took & fits[None], axis=tuple(range(1, took.ndim)))
+    num_taken = (~_devices.all_over(shards, ~any_took)).sum()
     return State(
         jnp.where(fits, new[0], state.mean),
         jnp.where(fits, new[1], state.var),
