@@ -11,8 +11,8 @@ over a shard_map with `spmd_axis_name`, its results no longer vary over that axi
 """
 
 import jax
-from jax import lax
 from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
 
@@ -30,6 +30,6 @@ batching.primitive_batchers[_apart] = lambda arrays, axes: (apart_on_cpu(*arrays
 mlir.register_lowering(_apart, lambda context, *arrays: list(arrays))
 mlir.register_lowering(
     _apart,
-    mlir.lower_fun(lambda *arrays: lax.optimization_barrier(arrays)),
+    lambda context, *arrays: stablehlo.OptimizationBarrierOp(arrays).results,
     platform="cpu",
 )

@@ -83,10 +83,9 @@ def normalize_whole(
     mask: Any,
     state: State,
 ) -> tuple[jax.Array, Moments]:
-    """Plain batch norm of a training batch: y, and the moments as those of 1 batch."""
+    """Plain batch norm of a training batch: y, and its moments."""
     del state
-    y, batch = _normalize.normalize_batch(config, derivative, x, scale, bias, mask)
-    return y, Moments(*(m[None] for m in batch))
+    return _normalize.normalize_batch(config, derivative, x, scale, bias, mask)
 
 
 # Arguments and result of `normalize_whole`; moments are (batches, features).
@@ -195,6 +194,7 @@ def apply_batch_norm(
     dtype: Any = None,
     initializing: bool = False,
     normalize: Normalize = normalize_whole,
+    update: Callable[..., State] = _running.update,
     ghost_batch_size: int | None = None,
 ) -> tuple[jax.Array, State]:
     """`batch_norm`, with what its variants and the Flax modules need beside it.
@@ -233,7 +233,7 @@ def apply_batch_norm(
     y, batches = normalize(config, derivative, x, scale, bias, mask, state)
     if initializing:
         return y, state
-    new = _running.update(
+    new = update(
         state,
         batches,
         momentum=momentum,

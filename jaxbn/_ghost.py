@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbn import _checks, _devices, _shapes
 from jaxbn._affine import Config
 from jaxbn._batch_norm import Params, apply_batch_norm
 from jaxbn._moments import Moments, from_rows, to_rows
 from jaxbn._normalize import normalize_batch
-from jaxbn._running import State
+from jaxbn._running import State, blend, share_to_keep, variance_to_keep
 
 
 def ghost_batch_norm(
@@ -118,7 +119,11 @@ def as_ghosts(x: jax.Array, axis: _shapes.Axis, size: Any) -> dict[str, Any]:
             "(pad x to a multiple, and give a `mask` that is False for the padding)"
         )
     normalize = functools.partial(normalize_ghosts, size=size)
-    return {"normalize": normalize, "ghost_batch_size": size}
+    return {
+        "normalize": normalize,
+        "update": update_in_turn,
+        "ghost_batch_size": size,
+    }
 
 
 def _check_size(size: Any) -> int:
@@ -168,3 +173,52 @@ def normalize_ghosts(
         table = _devices.gather(table, config.axis_name, config.groups, index)
         table = table.reshape(-1, *table.shape[2:])
     return y, Moments(*from_rows(table.swapaxes(0, 1)))
+
+
+def update_in_turn(
+    state: State,
+    batches: Moments,
+    *,
+    momentum: Any,
+    running_variance: str,
+    debias: bool,
+) -> State:
+    """The running statistics after `batches`, moments (batches, features), in turn.
+
+    One step is s <- keep s + (1 - keep) b, with keep = 1 where the batch is passed
+    over. Many steps in turn are one weighted sum: the weight of b is its own 1 - keep
+    times the keep of all batches after it.
+    """
+    enough, var = variance_to_keep(batches, running_variance)
+    took = enough & jnp.isfinite(batches.mean) & jnp.isfinite(var)
+    one_count = momentum is None or debias
+    shards = _devices.varying_beyond(state.num_updates, state.mean)
+    others = tuple(range(1, took.ndim))
+    if one_count:
+        all_took = _devices.all_over(shards, jnp.all(took, others, keepdims=True))
+        took = jnp.broadcast_to(all_took, took.shape)
+    real = _shapes.accumulation_dtype(state.var.dtype)
+    counted = jnp.any(took, others, keepdims=True)
+    counted = (~_devices.all_over(shards, ~counted)).astype(real)
+    earlier = lax.cumsum(counted) - counted
+    keep = share_to_keep(state.num_updates.astype(real) + earlier, momentum, debias)
+    keep = jnp.where(took, keep, 1).astype(real)
+    after = lax.cumprod(
+        jnp.concatenate([keep[1:], jnp.ones_like(keep[:1])]), reverse=True
+    )
+    weight = (1 - keep) * after
+
+    def total(values: jax.Array) -> jax.Array:
+        dtype = _shapes.accumulation_dtype(values.dtype)
+        return (weight.astype(dtype) * jnp.where(took, values, 0).astype(dtype)).sum(0)
+
+    return blend(
+        state,
+        jnp.prod(keep, axis=0),
+        1,
+        total(batches.mean),
+        total(var),
+        jnp.any(took, axis=0),
+        one_count=one_count,
+        num_batches=counted.sum(),
+    )

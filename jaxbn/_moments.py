@@ -190,7 +190,7 @@ def _local_moments(
     num_elements = _count(x, mask, features)
     divisor = jnp.maximum(num_elements, 1)
 
-    shift = _shift(x, mask, reduced, divisor)
+    shift = _shift(x, mask, features, divisor)
     x, shift = apart_on_cpu(x, shift)
     total = centered(x, shift, mask, features).sum(reduced)
     offset = total / divisor.astype(total.dtype)
@@ -207,19 +207,28 @@ def _local_moments(
 def _shift(
     x: jax.Array,
     mask: jax.Array | None,
-    reduced: tuple[int, ...],
+    features: tuple[int, ...],
     divisor: jax.Array,
 ) -> jax.Array:
-    """The mean of a part of x, or of all where no part is known: a constant."""
+    """The mean of a part of x, or of all where no part is known: a constant.
+
+    The quotients are summed, so that the last step is a sum, which XLA stores. What
+    comes of a division it computes anew in each fusion, for each element of x, and
+    rounds it in several ways (a multiply-add rounds once): passes over x would then
+    subtract different shifts.
+    """
     dtype = _shapes.accumulation_dtype(x.dtype)
+    reduced = _shapes.reduction_axes(features, x.ndim)
     if x.dtype != dtype:  # or XLA:CPU writes out the float32 copy of x
         (x,) = apart_on_cpu(x)
+    share = 1 / divisor
     if mask is None and all(isinstance(n, int) for n in x.shape):
         x, reduced = _part(x, reduced)
-        count = max(math.prod(x.shape[i] for i in reduced), 1)
-        divisor = jnp.full((), count, divisor.dtype)
-    total = zero_masked(x.astype(dtype), mask).sum(reduced)
-    return _rounded_once(total / divisor.astype(dtype))
+        share = jnp.full((), 1 / max(math.prod(x.shape[i] for i in reduced), 1))
+    elif share.ndim > 0:
+        share = _shapes.expand(share, features, x.ndim)
+    x = zero_masked(x.astype(dtype), mask)
+    return lax.stop_gradient((x * share.astype(dtype)).sum(reduced))
 
 
 def _part(x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:

@@ -157,8 +157,8 @@ def backward(
     if dy.dtype != dtype:  # or XLA:CPU writes out the float32 copy of dy
         (dy,) = apart_on_cpu(dy)
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
-    x, head, rstd = apart_on_cpu(x, head, rstd)
-    g = zero_masked(apart_on_cpu(dy, head)[0].astype(dtype), mask)
+    x, dy, head = apart_on_cpu(x, dy, head)
+    g = zero_masked(dy.astype(dtype), mask)
     # The tail comes after: XLA:CPU would write out x - head - tail.
     dscale = (g * centered(x, head, mask, config.features)).sum(reduced)
     dscale = (dscale - tail * dbias) * rstd
@@ -169,8 +169,8 @@ def backward(
     divisor = jnp.maximum(num_elements, 1).astype(dtype)
     on_one, on_x_hat = (total / divisor for total in sums)
 
-    x, head, on_x_hat = apart_on_cpu(x, head, on_x_hat)
-    g = zero_masked(apart_on_cpu(dy, on_x_hat)[0].astype(dtype), mask)
+    x, dy, head, on_x_hat = apart_on_cpu(x, dy, head, on_x_hat)
+    g = zero_masked(dy.astype(dtype), mask)
     conj = centered(x, head, mask, config.features, tail).conj()
     dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * conj
     return (
@@ -211,7 +211,8 @@ def _forward(
 
 def _rstd(config: Config, var: jax.Array, dtype: Any) -> jax.Array:
     """1 / std of a batch, NaN where the variance overflows: 0 would give y = bias."""
-    return jnp.where(jnp.isinf(var), jnp.nan, rstd_of(var, config.epsilon, dtype))
+    # In this order, since XLA:CPU computes all that follows an rsqrt for each element.
+    return rstd_of(jnp.where(jnp.isinf(var), jnp.nan, var), config.epsilon, dtype)
 
 
 # The rule wraps the whole map from x, so that the moments are computed inside it:

@@ -145,5 +145,4 @@ def renormalize(
     scale = jnp.ones_like(r) if scale is None else _affine.cast(scale, dtype)
     shift = scale * d
     bias = shift if bias is None else _affine.cast(bias, dtype) + shift
-    y, batch = _normalize.normalize_batch(config, derivative, x, scale * r, bias, mask)
-    return y, Moments(*(m[None] for m in batch))
+    return _normalize.normalize_batch(config, derivative, x, scale * r, bias, mask)

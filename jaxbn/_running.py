@@ -4,7 +4,6 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn import _checks, _devices, _shapes
 from jaxbn._moments import Moments, check_moments
@@ -65,7 +64,7 @@ def update_state(
     features = tuple(range(moments.mean.ndim))
     return update(
         check_state(state, moments.mean, features, "`moments.mean`"),
-        Moments(*(m[None] for m in moments)),
+        moments,
         momentum=_checks.check_momentum(momentum),
         running_variance=check_running_variance(running_variance),
         debias=_checks.check_static_bool("debias", debias),
@@ -80,91 +79,91 @@ def check_running_variance(word: Any) -> str:
 
 def update(
     state: State,
-    batches: Moments,
+    batch: Moments,
     *,
     momentum: Any,
     running_variance: str = "biased",
     debias: bool = False,
 ) -> State:
-    """The running statistics after `batches`, moments (batches, features), in turn.
+    """The running statistics after one batch: s <- keep s + (1 - keep) b.
 
-    A feature keeps its statistics where a batch counted nothing for it (fewer than 2
-    elements, if "unbiased"), or where its moments or what comes of them is not finite.
-    With `momentum=None` or `debias` all features are updated or none is, as one count
-    has to be right for all of them. In a shard_map with `check_vma` whose features are
-    sharded, the count is one for all shards: a batch counts if any of them took it.
-
-    One step is s <- keep s + (1 - keep) b, with keep = 1 where the batch is passed
-    over. Many steps in turn are one weighted sum: the weight of b is its own 1 - keep
-    times the keep of all batches after it.
+    A feature keeps its statistics where the batch counted nothing for it (fewer than 2
+    elements, if "unbiased"), or where what comes of it is not finite.
     """
-    var, num_elements = batches.var, batches.num_elements
-    missing = (1,) * (var.ndim - num_elements.ndim)  # one count for all features
-    num_elements = num_elements.reshape(num_elements.shape + missing)
-    enough = num_elements > 0
-    if running_variance == "unbiased":
-        enough = num_elements > 1
-        var = var * (num_elements / jnp.maximum(num_elements - 1, 1))
-    took = enough & jnp.isfinite(batches.mean) & jnp.isfinite(var)
-    one_count = momentum is None or debias
+    enough, var = variance_to_keep(batch, running_variance)
+    real = _shapes.accumulation_dtype(state.var.dtype)
+    keep = share_to_keep(state.num_updates.astype(real), momentum, debias)
+    return blend(
+        state,
+        keep,
+        1 - keep,
+        batch.mean,
+        var,
+        enough,
+        one_count=momentum is None or debias,
+    )
+
+
+def variance_to_keep(
+    batch: Moments, running_variance: str
+) -> tuple[jax.Array, jax.Array]:
+    """Whether enough was counted for a variance, and that variance."""
+    n = batch.num_elements
+    if running_variance == "biased":
+        return n > 0, batch.var
+    return n > 1, batch.var * (n / jnp.maximum(n - 1, 1))
+
+
+def share_to_keep(num_updates: jax.Array, momentum: Any, debias: bool) -> Any:
+    """The weight of the old value, after that many updates."""
+    if isinstance(momentum, jax.Array):
+        # Traced: in a lesser dtype, the two weights would not add up to 1.
+        momentum = momentum.astype(num_updates.dtype)
+    if momentum is not None and not debias:
+        return momentum
+    average = num_updates / (num_updates + 1)  # of all so far
+    if momentum is None:
+        return average
+    return jnp.minimum(jnp.asarray(momentum, average.dtype), average)
+
+
+def blend(
+    state: State,
+    keep: Any,
+    take: Any,
+    mean: jax.Array,
+    var: jax.Array,
+    took: jax.Array,
+    *,
+    one_count: bool,
+    num_batches: Any = 1,
+) -> State:
+    """Return keep * state + take * (mean, var) where `took`, and where that is finite.
+
+    With `one_count` all features are updated or none is, as the count has to be right
+    for all of them. In a shard_map with `check_vma` whose features are sharded, the
+    count is one for all shards: a batch counts if any of them took it.
+    """
+
+    def blended(old: jax.Array, new: jax.Array) -> jax.Array:
+        dtype = _shapes.accumulation_dtype(old.dtype)
+        kept = jnp.asarray(keep, dtype) * old.astype(dtype)
+        taken = jnp.asarray(take, dtype) * new.astype(dtype)
+        return _devices.lay_out_as((kept + taken).astype(old.dtype), old)
+
+    new_mean, new_var = blended(state.mean, mean), blended(state.var, var)
+    took = took & jnp.isfinite(new_mean) & jnp.isfinite(new_var)
     # Axes of a shard_map over which the features are sharded, and the count is not.
     shards = _devices.varying_beyond(state.num_updates, state.mean)
     if one_count:
-        all_took = _devices.all_over(shards, _all_features(took))
-        took = jnp.broadcast_to(all_took, took.shape)
-    real = _shapes.accumulation_dtype(state.var.dtype)
-    keep, take = (
-        jnp.where(took, share, passed).astype(real)
-        for share, passed in zip(
-            _shares(state.num_updates, took, momentum, debias, real),
-            (1, 0),
-            strict=True,
-        )
-    )
-    after = lax.cumprod(
-        jnp.concatenate([keep[1:], jnp.ones_like(keep[:1])]), reverse=True
-    )
-    weight = take * after
-
-    def blend(old: jax.Array, new: jax.Array) -> jax.Array:
-        dtype = _shapes.accumulation_dtype(old.dtype)
-        new = jnp.where(took, new, 0).astype(dtype)
-        kept = jnp.prod(keep, axis=0).astype(dtype) * old.astype(dtype)
-        blended = kept + (weight.astype(dtype) * new).sum(0)
-        return _devices.lay_out_as(blended.astype(old.dtype), old)
-
-    new = blend(state.mean, batches.mean), blend(state.var, var)
-    fits = jnp.isfinite(new[0]) & jnp.isfinite(new[1])  # the dtype of the state, too
-    if one_count:
-        fits = jnp.broadcast_to(_devices.all_over(shards, jnp.all(fits)), fits.shape)
-    any_took = jnp.any(took & fits[None], axis=tuple(range(1, took.ndim)))
-    num_taken = (~_devices.all_over(shards, ~any_took)).sum()
+        took = _devices.all_over(shards, jnp.all(took))
+    any_took = ~_devices.all_over(shards, ~jnp.any(took))
+    added = jnp.where(any_took, num_batches, 0).astype(state.num_updates.dtype)
     return State(
-        jnp.where(fits, new[0], state.mean),
-        jnp.where(fits, new[1], state.var),
-        state.num_updates + num_taken.astype(state.num_updates.dtype),
+        jnp.where(took, new_mean, state.mean),
+        jnp.where(took, new_var, state.var),
+        state.num_updates + added,
     )
-
-
-def _shares(
-    num_updates: jax.Array, took: jax.Array, momentum: Any, debias: bool, dtype: Any
-) -> tuple[Any, Any]:
-    """In the update by each batch, the weight of the old value and that of the new."""
-    if isinstance(momentum, jax.Array):
-        # Traced: in a lesser dtype, the two weights would not add up to 1.
-        momentum = momentum.astype(dtype)
-    if momentum is not None and not debias:
-        return momentum, 1 - momentum
-    taken = _all_features(took).astype(dtype)
-    t = num_updates.astype(dtype) + lax.cumsum(taken) - taken
-    keep = t / (t + 1)  # the average of all so far
-    if momentum is not None:
-        keep = jnp.minimum(jnp.asarray(momentum, keep.dtype), keep)
-    return keep, 1 - keep
-
-
-def _all_features(took: jax.Array) -> jax.Array:
-    return jnp.all(took, axis=tuple(range(1, took.ndim)), keepdims=True)
 
 
 def check_state(
