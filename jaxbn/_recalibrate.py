@@ -79,13 +79,14 @@ class Measurement(_measure.Measurement):
         self, model: Any, apply_kwargs: Mapping[str, Any], *, sequential: bool
     ):
         """As for `recalibrate`."""
-        super().__init__(sequential=sequential)
         check_module(model)
-        self.model = model
-        self.apply_kwargs = apply_kwargs
+        super().__init__(
+            model, model.clone(), dict(apply_kwargs), sequential=sequential
+        )
 
+    @staticmethod
     def call(
-        self,
+        definition: Any,
         recording: _recording.Recording,
         variables: Any,
         args: tuple[Any, ...],
@@ -93,12 +94,8 @@ class Measurement(_measure.Measurement):
     ) -> dict[Path, Moments]:
         """Calls the model, and returns what was recorded, by path."""
         with _recording.activate(recording):
-            _, updates = self.model.apply(
-                variables,
-                *args,
-                mutable=unseen("params"),
-                **kwargs,
-                **self.apply_kwargs,
+            _, updates = definition.apply(
+                variables, *args, mutable=unseen("params"), **kwargs
             )
         flat: dict[Any, Any] = dict(flatten_dict(updates.get("batch_stats", {})))
         return {

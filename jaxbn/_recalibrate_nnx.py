@@ -76,24 +76,24 @@ class Measurement(_measure.Measurement):
         sequential: bool,
     ):
         """As for `recalibrate`."""
-        super().__init__(sequential=sequential)
         check_module(model)
         self.graphdef, self.initial = nnx.split(model)
-        self.call_kwargs = call_kwargs
+        super().__init__(model, self.graphdef, call_kwargs, sequential=sequential)
 
+    @staticmethod
     def call(
-        self,
+        definition: Any,
         recording: _recording.Recording,
         variables: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[Path, Moments]:
         """Calls a copy of the model, and returns what was recorded, by path."""
-        model = nnx.merge(self.graphdef, variables)
+        model = nnx.merge(definition, variables)
         norms = batch_norms(model)
         for path, norm in norms.items():
             norm.recorded = Recorded(recording, path, norm.mean[...])
-        model(*args, **kwargs, **self.call_kwargs)
+        model(*args, **kwargs)
         return {path: norms[path].recorded.moments for path, _ in recording.called}
 
     def replace(self, variables: Any, moments: dict[Path, Moments]) -> Any:
