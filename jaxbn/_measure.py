@@ -3,6 +3,7 @@
 What recalibrates and inspects models of Linen and of NNX alike.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,11 +21,6 @@ from jaxbn._recording import Recording
 
 # Of a batch norm in its model.
 Path = tuple[Any, ...]
-
-
-# Options that are arrays are arguments of the compiled program; these are part of it. A
-# function is not among them: it may hold the model, or arrays that change.
-_PLAIN = (int, float, complex, str, bytes, type, np.dtype, np.generic)
 
 
 class Measurement:
@@ -47,25 +43,15 @@ class Measurement:
         Args:
             model: What the compiled program is kept for, as long as it lives.
             definition: What `call` needs of the model; it must not hold the model.
-            kwargs: Further arguments of the model.
+            kwargs: Further arguments of the model. Arrays are traced, and plain values
+                are part of the program.
             sequential: As for `recalibrate`.
         """
         self.sequential = _checks.check_static_bool("sequential", sequential)
         self.depths: dict[Path, int] = {}
-        leaves, tree = jax.tree.flatten(dict(kwargs))
-        self._arrays = [
-            leaf if isinstance(leaf, jax.Array | np.ndarray) else None
-            for leaf in leaves
-        ]
-        others = tuple(
-            (type(leaf), None if array is not None else leaf)  # 1 is not True
-            if array is not None or isinstance(leaf, _PLAIN)
-            else [leaf]  # not hashable
-            for leaf, array in zip(leaves, self._arrays, strict=True)
-        )
-        self._measure = _program(
-            model, self.call, definition, self.sequential, tree, others
-        )
+        self._traced = {k: v for k, v in kwargs.items() if _holds(v, _ARRAYS)}
+        static = {k: v for k, v in kwargs.items() if k not in self._traced}
+        self._measure = _program(model, self.call, definition, self.sequential, static)
 
     @staticmethod
     def call(
@@ -85,7 +71,7 @@ class Measurement:
         _checks.check_iterable("batches", batches, "batches")
         total: dict[Path, Moments] = {}
         for batch in _shown(batches) if progress else batches:
-            layers = self._measure(self._arrays, variables, batch)
+            layers = self._measure(self._traced, variables, batch)
             self.depths = {layer.path: layer.depth for layer in layers}
             moments = {layer.path: layer.moments for layer in layers}
             if total:
@@ -141,40 +127,47 @@ class _Layer:
     moments: Moments
 
 
-# For each live model the compiled programs, by all that they were compiled for.
+# The compiled programs of each model that is alive, by all that they depend on.
 _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
+_ARRAYS = (jax.Array, np.ndarray)
+# Not functions, which may hold the model, or arrays that change.
+_PLAIN = (int, float, complex, str, type, np.dtype, np.generic)
 
-def _program(model: Any, *options: Any) -> Callable[..., list[_Layer]]:
-    """Return the jitted `_layers` of these options, the same one while `model` lives.
 
-    A new one each time if the model or an option cannot be hashed.
+def _program(
+    model: Any, call: Any, definition: Any, sequential: bool, static: dict[str, Any]
+) -> Callable[..., list[_Layer]]:
+    """Return the jitted `_layers`, the same one as long as `model` lives.
+
+    Return a new one in each call if the model or an option cannot be hashed, or if an
+    option is anything but arrays or plain values.
     """
-    new = jax.jit(functools.partial(_layers, *options))
-    try:
-        return _PROGRAMS.setdefault(model, {}).setdefault(options, new)
-    except TypeError:
-        return new
+    new = jax.jit(functools.partial(_layers, call, definition, sequential, static))
+    if _holds(static, _PLAIN):
+        key = call, definition, sequential, tuple(sorted(static.items()))
+        with contextlib.suppress(TypeError):
+            return _PROGRAMS.setdefault(model, {}).setdefault(key, new)
+    return new
+
+
+def _holds(tree: Any, types: tuple[type, ...]) -> bool:
+    return all(isinstance(leaf, types) for leaf in jax.tree.leaves(tree))
 
 
 def _layers(
     call: Callable[..., dict[Path, Moments]],
     definition: Any,
     sequential: bool,
-    tree: Any,
-    others: tuple[Any, ...],
-    arrays: list[Any],
+    static: dict[str, Any],
+    traced: dict[str, Any],
     variables: Any,
     batch: Any,
 ) -> list[_Layer]:
     """What each batch norm of the model is given by this batch, in call order."""
     recording = Recording(use_running_average=sequential)
-    leaves = [
-        other[-1] if array is None else array
-        for other, array in zip(others, arrays, strict=True)
-    ]
     args, kwargs = _arguments(batch)
-    kwargs = dict(**kwargs, **tree.unflatten(leaves))  # TypeError if one is in both
+    kwargs = dict(**kwargs, **static, **traced)  # TypeError if one is in two
     moments = call(definition, recording, variables, args, kwargs)
     return [
         _Layer(path, moments[path].mean.size // max(1, math.prod(shape)), moments[path])

@@ -80,9 +80,8 @@ class Measurement(_measure.Measurement):
     ):
         """As for `recalibrate`."""
         check_module(model)
-        super().__init__(
-            model, model.clone(), dict(apply_kwargs), sequential=sequential
-        )
+        definition = model.clone()  # equal to the model, and does not hold it
+        super().__init__(model, definition, apply_kwargs, sequential=sequential)
 
     @staticmethod
     def call(
