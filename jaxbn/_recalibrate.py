@@ -35,6 +35,15 @@ def recalibrate(
     each layer in call order, in which the layers before it use what they were already
     given: exact for any split at every layer, and what inference will meet.
 
+    The passes compile once for a model, its options and shapes; later calls reuse the
+    program as long as the model lives.
+
+    Limits:
+        * A model that cannot be hashed compiles in each call.
+        * So does an option that holds anything but arrays, numbers, strings and types:
+          write `method="encode"` in place of `method=Model.encode`.
+        * As in `jax.jit`, an object in a field of the model must not change.
+
     Args:
         model: A Linen module.
         variables: Its variables; any parameters, averaged ones too.

@@ -24,7 +24,8 @@ def recalibrate(
 
     As `jaxbn.linen.recalibrate`, in place: every `BatchNorm` gets the exact mean and
     biased variance of what it is given over all `batches`. Nothing else of the model
-    changes, not even its random streams, and nothing at all if there is an error.
+    changes, not even its random streams, and nothing at all if there is an error. A
+    change of the model's modes or hyperparameters compiles a new program.
 
     Args:
         model: An NNX module; its other layers run as it was set, by `eval()` or
