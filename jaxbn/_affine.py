@@ -97,13 +97,19 @@ def affine(
     mask: Any,
     tail: Any = None,
 ) -> jax.Array:
-    """(x - mean - tail) rstd scale + bias, of arguments that were checked."""
+    """(x - mean - tail) rstd scale + bias, of arguments that were checked.
+
+    The tail's share goes into the bias: one operation less for each element.
+    """
     dtype = _shapes.accumulation_dtype(x.dtype)
     a = rstd if scale is None else rstd * cast(scale, dtype)
-    y = centered(x, mean, mask, config.features, tail)
+    shift = None if bias is None else cast(bias, dtype)
+    if tail is not None:
+        shift = -a * tail if shift is None else shift - a * tail
+    y = centered(x, mean, mask, config.features)
     y = y * _shapes.expand(a, config.features, x.ndim)
-    if bias is not None:
-        y = y + _shapes.expand(cast(bias, dtype), config.features, x.ndim)
+    if shift is not None:
+        y = y + _shapes.expand(shift, config.features, x.ndim)
     return zero_masked(y, mask).astype(config.dtype or x.dtype)
 
 

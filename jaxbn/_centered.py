@@ -12,15 +12,11 @@ def centered(
     mean: jax.Array,
     mask: jax.Array | None,
     features: tuple[int, ...],
-    tail: jax.Array | None = None,
 ) -> jax.Array:
-    """Return x - mean - tail in the accumulation dtype, 0 where the mask is False."""
+    """Return x - mean in the accumulation dtype, 0 where the mask is False."""
     dtype = _shapes.accumulation_dtype(x.dtype)
-    x = x.astype(dtype)
-    for part in (mean, tail):
-        if part is not None:
-            x = x - _shapes.expand(part.astype(dtype), features, x.ndim)
-    return zero_masked(x, mask)
+    mean = _shapes.expand(mean.astype(dtype), features, x.ndim)
+    return zero_masked(x.astype(dtype) - mean, mask)
 
 
 def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:

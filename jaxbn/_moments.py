@@ -13,13 +13,14 @@ mean of the rest f / (1 - f) |offset| on the other side, so that
 
     var >= f |offset|^2 + (1 - f) |f / (1 - f) offset|^2 = f / (1 - f) |offset|^2
 
-So there is no branch. The mean stays in two parts, head = shift and tail = offset, and
-passes over x subtract one after the other: at mean/std 1e6, where a float32 mean is off
-by 0.06 std, x - head - tail is right to 1e-7 std.
+So there is no branch. The mean is kept in two parts: the head is the mean, rounded, and
+the tail is what the rounding left out. At mean/std 1e6, where a float32 mean is off by
+0.06 std, (x - head) - tail is right to 1e-7 std.
 
-The shift is rounded to one bit less than its dtype has. XLA:CPU makes a division by a
-constant a multiplication and fuses it, unrounded, into each consumer (a multiply-add);
-one would then see another shift than the next. `lax.reduce_precision` stands between.
+All passes over x have to subtract the same head. XLA makes a division by a constant a
+multiplication, and computes that anew in each fusion that uses the quotient, where the
+next addition may leave it unrounded (a multiply-add). So the last step of the shift is
+a sum, and that of the offset a division by what is no constant: XLA stores either.
 """
 
 import math
@@ -193,7 +194,8 @@ def _local_moments(
     shift = _shift(x, mask, features, divisor)
     x, shift = apart_on_cpu(x, shift)
     total = centered(x, shift, mask, features).sum(reduced)
-    offset = total / divisor.astype(total.dtype)
+    # 0 * shift makes the divisor no constant: XLA may not drop it, as 0 * NaN is NaN.
+    offset = total / (divisor + 0 * shift.real).astype(total.dtype)
     x, shift, divisor = apart_on_cpu(x, shift, divisor)
     squares = abs_squared(centered(x, shift, mask, features)).sum(reduced)
     square = squares / divisor
@@ -201,7 +203,7 @@ def _local_moments(
     var = square - jnp.where(jnp.isfinite(square), abs_squared(offset), 0)
     # Not below 0. (jnp.maximum would halve the derivatives at 0, of a constant x.)
     var -= lax.stop_gradient(jnp.minimum(var, 0))
-    return SplitMoments(num_elements, shift, offset, var)
+    return SplitMoments(num_elements, *_split(shift, offset), var)
 
 
 def _shift(
@@ -210,13 +212,7 @@ def _shift(
     features: tuple[int, ...],
     divisor: jax.Array,
 ) -> jax.Array:
-    """The mean of a part of x, or of all where no part is known: a constant.
-
-    The quotients are summed, so that the last step is a sum, which XLA stores. What
-    comes of a division it computes anew in each fusion, for each element of x, and
-    rounds it in several ways (a multiply-add rounds once): passes over x would then
-    subtract different shifts.
-    """
+    """The mean of a part of x, or of all where no part is known: a constant."""
     dtype = _shapes.accumulation_dtype(x.dtype)
     reduced = _shapes.reduction_axes(features, x.ndim)
     if x.dtype != dtype:  # or XLA:CPU writes out the float32 copy of x
@@ -261,13 +257,10 @@ def _middle(x: jax.Array, axis: int) -> jax.Array:
     return lax.slice_in_dim(x, start, start + taken, axis=axis)
 
 
-def _rounded_once(shift: jax.Array) -> jax.Array:
-    """`shift` as a constant, rounded to one bit less than its dtype has."""
-    if jnp.iscomplexobj(shift):
-        return lax.complex(_rounded_once(shift.real), _rounded_once(shift.imag))
-    finfo = jnp.finfo(shift.dtype)
-    shift = lax.stop_gradient(shift)
-    return lax.reduce_precision(shift, finfo.nexp, finfo.nmant - 1)
+def _split(shift: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Head and tail of shift + offset: the rounded sum, a constant, and the rest."""
+    head = lax.stop_gradient(shift + offset)
+    return head, (shift - head) + offset
 
 
 def _count(
@@ -332,8 +325,9 @@ def _merge(parts: SplitMoments) -> SplitMoments:
         return (weight.astype(values.dtype) * values).sum(0, keepdims=True)
 
     # As in one batch: a constant, and small differences from it.
-    shift = _rounded_once(mean(head))
+    shift = lax.stop_gradient(mean(head))
     offsets = head - shift + tail
     offset = mean(offsets)
     var = mean(var + abs_squared(offsets - offset))
-    return SplitMoments(total[0], shift[0], offset[0], var[0])
+    head, tail = _split(shift[0], offset[0])
+    return SplitMoments(total[0], head, tail, var[0])

@@ -19,8 +19,9 @@ differ from device to device, while dscale and dbias stay local (`vary_together`
 JAX sum them where a parameter is replicated). For complex x, where var is real, x_hat
 in dx is conjugated and its factor is Re(a dscale).
 
-The mean comes in two parts, head + tail (`_moments`), and passes over x subtract one
-after the other.
+The mean comes in two parts, head + tail (`_moments`). Passes over x subtract the head;
+what the tail adds is one number per feature, and goes into the bias in y, the sum in
+dscale and the constant in dx.
 
 The memory traffic, in sizes of x, beside the part of x whose mean is the shift. GPU and
 TPU: forward 3 (both moments; x to y), backward 5 (dbias and dscale; x and dy to dx).
@@ -159,7 +160,6 @@ def backward(
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
     x, dy, head = apart_on_cpu(x, dy, head)
     g = zero_masked(dy.astype(dtype), mask)
-    # The tail comes after: XLA:CPU would write out x - head - tail.
     dscale = (g * centered(x, head, mask, config.features)).sum(reduced)
     dscale = (dscale - tail * dbias) * rstd
 
@@ -171,8 +171,10 @@ def backward(
 
     x, dy, head, on_x_hat = apart_on_cpu(x, dy, head, on_x_hat)
     g = zero_masked(dy.astype(dtype), mask)
-    conj = centered(x, head, mask, config.features, tail).conj()
-    dx = expand(a) * g - expand(on_one) - expand(rstd * on_x_hat) * conj
+    slope = rstd * on_x_hat
+    level = on_one - slope * tail.conj()
+    conj = centered(x, head, mask, config.features).conj()
+    dx = expand(a) * g - expand(level) - expand(slope) * conj
     return (
         # Rounded once: bfloat16 parts that are added up lose 4 % where it matters.
         zero_masked(dx, mask).astype(x.dtype),
