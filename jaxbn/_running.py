@@ -144,12 +144,16 @@ def blend(
     for all of them. In a shard_map with `check_vma` whose features are sharded, the
     count is one for all shards: a batch counts if any of them took it.
     """
+    keep, mean, var, took = (
+        _devices.lay_out_as(a, state.mean) if jnp.ndim(a) else a
+        for a in (keep, mean, var, took)
+    )
 
     def blended(old: jax.Array, new: jax.Array) -> jax.Array:
         dtype = _shapes.accumulation_dtype(old.dtype)
         kept = jnp.asarray(keep, dtype) * old.astype(dtype)
         taken = jnp.asarray(take, dtype) * new.astype(dtype)
-        return _devices.lay_out_as((kept + taken).astype(old.dtype), old)
+        return (kept + taken).astype(old.dtype)
 
     new_mean, new_var = blended(state.mean, mean), blended(state.var, var)
     took = took & jnp.isfinite(new_mean) & jnp.isfinite(new_var)
