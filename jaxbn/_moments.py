@@ -313,7 +313,7 @@ def _merge(parts: SplitMoments) -> SplitMoments:
     """The moments of the union of disjoint parts, which lie on the first axis."""
     num_elements, head, tail, var = parts
     total = num_elements.sum(0)
-    weight = num_elements / jnp.maximum(total, 1)
+    weight = num_elements / jnp.maximum(total, 1)[None]
     counted = num_elements > 0
 
     def mean(values: jax.Array) -> jax.Array:
@@ -322,6 +322,6 @@ def _merge(parts: SplitMoments) -> SplitMoments:
 
     # As in one batch: a constant, and small differences from it.
     shift = _rounded_once(mean(head))
-    offsets = head - shift + tail
+    offsets = head - shift[None] + tail
     offset = mean(offsets)
-    return SplitMoments(total, shift, offset, mean(var + abs_squared(offsets - offset)))
+    return SplitMoments(total, shift, offset, mean(var + abs_squared(offsets - offset[None])))
