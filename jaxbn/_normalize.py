@@ -20,7 +20,8 @@ JAX sum them where a parameter is replicated). For complex x, where var is real,
 in dx is conjugated and its factor is Re(a dscale).
 
 The mean comes in two parts, head + tail (`_moments`), and passes over x subtract one
-after the other.
+after the other. The sum for dscale is about the head alone; the tail's share in it,
+tail dbias, is subtracted from the sum.
 
 The memory traffic, in sizes of x, beside the part of x whose mean is the shift. GPU and
 TPU: forward 3 (both moments; x to y), backward 5 (dbias and dscale; x and dy to dx).
@@ -157,9 +158,13 @@ def backward(
     if dy.dtype != dtype:  # or XLA:CPU writes out the float32 copy of dy
         (dy,) = apart_on_cpu(dy)
     dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
-    x, head, rstd = apart_on_cpu(x, head, rstd)
+    # Not the barrier of y, (x, head, rstd): XLA merges barriers with the same operands.
+    x, head, dbias = apart_on_cpu(x, head, dbias)
     g = zero_masked(apart_on_cpu(dy, head)[0].astype(dtype), mask)
-    dscale = (g * centered(x, head, mask, config.features, tail)).sum(reduced) * rstd
+    # XLA:CPU takes no second subtraction into a sum, and would write out the difference.
+    # So the tail is subtracted afterwards.
+    dscale = (g * centered(x, head, mask, config.features)).sum(reduced)
+    dscale = (dscale - tail * dbias) * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])

@@ -76,7 +76,6 @@ def imported(name: str) -> Any:
 
 
 @fuses_sums
-@pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SUITES["tiny"][:2], ids=str)
 def test_jaxbn_moves_ten_sizes_and_keeps_one(case, dtype):
@@ -104,7 +103,6 @@ def test_flax_keeps_more():
     assert program.residual_bytes >= 2 * x.nbytes
 
 
-@pytest.mark.usefixtures("near")
 def test_all_reduces_over_two_devices():
     mesh = _bench_collectives.two_devices()
     assert mesh is not None

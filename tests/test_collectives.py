@@ -63,7 +63,6 @@ def test_one_all_reduce_forward_and_one_backward(kind, where, grouped):
 
 # Nothing is named here, so that the two passes over x are two sums, as the number of
 # elements under a mask is one more.
-@pytest.mark.usefixtures("near")
 @pytest.mark.parametrize(("masked", "forward"), [(False, 2), (True, 3)])
 def test_plain_jit_over_shards(masked, forward):
     of_x = NamedSharding(mesh(d=NUM), P("d"))

@@ -276,7 +276,6 @@ def sizes_touched(fn, x, *rest):
 
 
 @fuses_sums
-@pytest.mark.usefixtures("near")
 def test_traffic_of_a_training_step():
     """Array sizes that one program moves on XLA:CPU; 8 is the least there can be."""
     x = jnp.ones((65536, 64), jnp.float32)
