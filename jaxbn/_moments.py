@@ -324,4 +324,5 @@ def _merge(parts: SplitMoments) -> SplitMoments:
     shift = _rounded_once(mean(head))
     offsets = head - shift[None] + tail
     offset = mean(offsets)
-    return SplitMoments(total, shift, offset, mean(var + abs_squared(offsets - offset[None])))
+    between = abs_squared(offsets - offset[None])
+    return SplitMoments(total, shift, offset, mean(var + between))

@@ -161,7 +161,7 @@ def backward(
     # Not the barrier of y, (x, head, rstd): XLA merges barriers with the same operands.
     x, head, dbias = apart_on_cpu(x, head, dbias)
     g = zero_masked(apart_on_cpu(dy, head)[0].astype(dtype), mask)
-    # XLA:CPU takes no second subtraction into a sum, and would write out the difference.
+    # XLA:CPU takes no second subtraction into a sum: it would write out the difference.
     # So the tail is subtracted afterwards.
     dscale = (g * centered(x, head, mask, config.features)).sum(reduced)
     dscale = (dscale - tail * dbias) * rstd
