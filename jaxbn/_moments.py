@@ -193,7 +193,10 @@ def _local_moments(
     shift = _shift(x, mask, reduced, divisor)
     x, shift = apart_on_cpu(x, shift)
     total = centered(x, shift, mask, features).sum(reduced)
-    offset = total / divisor.astype(total.dtype)
+    # XLA multiplies by the inverse of a constant divisor, which is rounded: a feature
+    # that is constantly 1e8, with a shift 64 away, gave y = 1e-3. XLA may not drop
+    # `0 * shift`, so it divides.
+    offset = total / (divisor + 0 * shift.real).astype(total.dtype)
     x, shift, offset = apart_on_cpu(x, shift, offset)
     squares = abs_squared(centered(x, shift, mask, features)).sum(reduced)
     square = squares / divisor
