@@ -922,7 +922,8 @@ def test_every_row_is_used():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64])
 def test_epsilon_that_is_read_as_zero(dtype):
     """XLA flushes subnormal numbers to 0, and a constant feature would be 0 / 0."""
-    x, (params, state) = jnp.ones((4, 3), dtype), jaxbn.init(3)
+    param_dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
+    x, (params, state) = jnp.ones((4, 3), dtype), jaxbn.init(3, param_dtype=param_dtype)
     least = float(np.finfo(np.float32).tiny)
     for call in (
         functools.partial(jaxbn.batch_norm, x, params, state, train=True),
