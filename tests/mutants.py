@@ -59,7 +59,6 @@ FAULTS = {
             "return lax.reduce_precision(shift, finfo.nexp, finfo.nmant - 1)",
             "return shift",
         ),
-        ("shift = lax.stop_gradient(shift)", "shift = 1 * shift"),
         ("(divisor + 0 * shift.real)", "divisor"),
         ("jnp.where(jnp.isfinite(square), abs_squared(offset), 0)", "0"),
         (
