@@ -233,7 +233,8 @@ def _part(x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     of the rows, as k blocks, the middle of each. With k the largest power of two that
     divides them, no device has a part of a block.
     """
-    spec = jax.typeof(x).sharding.spec  # knows of explicit shardings alone
+    sharding = jax.typeof(x).sharding  # knows of explicit shardings alone
+    spec = sharding.spec
     for axis in reduced:
         if axis > 0 and x.shape[axis] >= 4 and spec[axis] is None:
             return _middle(x, axis), reduced
@@ -243,6 +244,11 @@ def _part(x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     blocks = rows & -rows
     while rows // blocks < 16:
         blocks //= 2
+    names = (
+        spec[0] if isinstance(spec[0], tuple) else (spec[0],) * (spec[0] is not None)
+    )
+    if blocks % math.prod(sharding.mesh.shape[name] for name in names):
+        return x, reduced  # a device has part of a block: JAX refuses the reshape
     x = x.reshape(blocks, rows // blocks, *x.shape[1:])
     return _middle(x, 1), (0, *(i + 1 for i in reduced))
 
