@@ -81,7 +81,9 @@ def check_arguments(
 ) -> tuple[jax.Array, Any, Any, Any, Config]:
     """The arguments that every batch norm has, as arrays that fit, and the Config."""
     x = _shapes.check_x(x)
-    config = Config(_shapes.feature_axes(axis, x.ndim), _checks.check_epsilon(epsilon))
+    dtype = _shapes.real_dtype(_shapes.accumulation_dtype(x.dtype))
+    epsilon = _checks.check_epsilon(epsilon, dtype)
+    config = Config(_shapes.feature_axes(axis, x.ndim), epsilon)
     scale = _shapes.check_per_feature("scale", scale, x, config.features)
     bias = _shapes.check_per_feature("bias", bias, x, config.features)
     return x, scale, bias, _shapes.check_mask(mask, x), config

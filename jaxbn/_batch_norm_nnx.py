@@ -48,8 +48,8 @@ class BatchNorm(_flax_rules.PlainRules, nnx.Module):
         [[-1. -1.]
          [ 1.  1.]] [0.2 2. ]
         >>> norm.eval()
-        >>> print(norm(jnp.array([[0.2, 2.0]])))
-        [[0. 0.]]
+        >>> print(norm(jnp.array([[1.2, 12.0]])).round(2))
+        [[1.   3.03]]
 
     Source: Ioffe & Szegedy, "Batch Normalization", 2015.
     """

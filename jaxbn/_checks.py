@@ -85,11 +85,20 @@ def check_number(name: str, value: Any) -> float:
         raise TypeError(f"`{name}` must be a number; got {value!r}") from None
 
 
-def check_epsilon(epsilon: Any) -> float:
-    """`epsilon` as a positive, finite Python float."""
+def check_epsilon(epsilon: Any, dtype: Any = None) -> float:
+    """Return `epsilon` as a positive, finite Python float.
+
+    With `dtype`, that of the statistics, it must be a normal number there: XLA reads
+    smaller ones as 0, and a constant feature would give 0 / 0.
+    """
     number = check_number("epsilon", epsilon)
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"`epsilon` must be positive and finite; got {number}")
+    if dtype is not None and number < (least := float(jnp.finfo(dtype).tiny)):
+        raise ValueError(
+            f"`epsilon` must be at least {least:.3g}, the smallest normal number of "
+            f"{dtype} statistics; got {number}"
+        )
     return number
 
 

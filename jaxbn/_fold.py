@@ -63,11 +63,11 @@ def fold(
         >>> import jax.numpy as jnp, jaxbn
         >>> x, kernel = jnp.array([3.0, 4.0]), jnp.array([[1.0, -1.0], [2.0, 0.5]])
         >>> params, state = jaxbn.init(2)
-        >>> state = state._replace(mean=jnp.array([9.0, -1.0]))
+        >>> state = state._replace(mean=jnp.array([9.0, -2.0]))
         >>> y, _ = jaxbn.batch_norm(x @ kernel, params, state, train=False)
         >>> kernel, bias = jaxbn.fold(kernel, None, params, state)
         >>> print(y.round(3), (x @ kernel + bias).round(3))
-        [2. 0.] [2. 0.]
+        [2. 1.] [2. 1.]
     """
     kernel, features = check_kernel(kernel, features_axis)
     norm = check_norm(params, state, kernel, features)

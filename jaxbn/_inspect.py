@@ -57,12 +57,12 @@ def inspect_statistics(
         >>> import jax, jax.numpy as jnp
         >>> from jaxbn._inspect import inspect_statistics
         >>> from jaxbn.linen import BatchNorm
-        >>> x = jnp.array([[-1.0, 2.0], [1.0, 4.0]])  # means 0 and 3, variance 1
+        >>> x = jnp.array([[0.0, 2.0], [2.0, 4.0]])  # means 1 and 3, variance 1
         >>> norm = BatchNorm(use_running_average=True)
         >>> variables = norm.init(jax.random.key(0), x)  # running mean 0, variance 1
         >>> [layer] = inspect_statistics(variables, norm, [x])
         >>> print(layer.kl.round(3), layer.worst_channel)
-        [0.  4.5] (1,)
+        [0.5 4.5] (1,)
     """
     if (model is None) != (batches is None):
         given, missing = (

@@ -36,11 +36,11 @@ def inspect_statistics(
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from jaxbn.nnx import BatchNorm, inspect_statistics
-        >>> x = jnp.array([[-1.0, 2.0], [1.0, 4.0]])  # means 0 and 3, variance 1
+        >>> x = jnp.array([[0.0, 2.0], [2.0, 4.0]])  # means 1 and 3, variance 1
         >>> norm = BatchNorm(2, rngs=nnx.Rngs(0))  # running mean 0, variance 1
         >>> [layer] = inspect_statistics(norm, [x])
         >>> print(layer.kl.round(3), layer.worst_channel)
-        [0.  4.5] (1,)
+        [0.5 4.5] (1,)
     """
     check_module(model)
     norms = batch_norms(model)

@@ -12,7 +12,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import compiled as compiled
 import jax
-import jax.numpy as jnp
 import pytest
 from tpu import chips as chips
 
@@ -26,12 +25,10 @@ QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.
 OPTIMIZED = {
     "batch_norm",
-    "blocks",
     "moments",
     "normalize",
     "numerics",
     "peer_vectors",
-    "quotient",
     "rounding",
 }
 
@@ -50,15 +47,3 @@ def optimizations(request):
 def optimize(on):
     jax.config.update("jax_disable_most_optimizations", not on)
     jax.clear_caches()  # JAX would take what it has, whichever it is
-
-
-@pytest.fixture
-def near(monkeypatch):
-    """Programs without the CPU's branch for means that are far from 0.
-
-    XLA counts what is in a branch as if it were run.
-    """
-    monkeypatch.setattr(
-        "jaxbn._moments.corrected",
-        lambda x, mean, var, *_: (mean, var, jnp.zeros_like(mean)),
-    )

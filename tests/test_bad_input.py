@@ -6,6 +6,7 @@ holds the table against the signatures: a new argument needs rows, or a reason.
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -916,6 +917,31 @@ def test_every_row_is_used():
         for name in (f"{function}.{argument}", argument)
     } | {"convert.name"}
     assert [name for name in ROWS if name not in used] == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64])
+def test_epsilon_that_is_read_as_zero(dtype):
+    """XLA flushes subnormal numbers to 0, and a constant feature would be 0 / 0."""
+    param_dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
+    x, (params, state) = jnp.ones((4, 3), dtype), jaxbn.init(3, param_dtype=param_dtype)
+    least = float(np.finfo(np.float32).tiny)
+    for call in (
+        functools.partial(jaxbn.batch_norm, x, params, state, train=True),
+        functools.partial(jaxbn.batch_norm, x, params, state, train=False),
+        functools.partial(jaxbn.forward, x, *params),
+        functools.partial(jaxbn.fold, x, None, params, state),
+    ):
+        y = call(epsilon=least)[0]
+        assert jnp.isfinite(y).all()
+        message = "`epsilon` must be at least 1.18e-38, the smallest normal .* float32"
+        with pytest.raises(ValueError, match=message):
+            call(epsilon=least / 2)
+
+
+def test_epsilon_is_small_for_float64_alone():
+    with jax.enable_x64(True):
+        y, _ = jaxbn.forward(jnp.ones((4, 3)), None, None, epsilon=1e-300)
+    np.testing.assert_array_equal(y, 0)
 
 
 @pytest.mark.parametrize("argument", ["x", "mask", "use_running_average"])

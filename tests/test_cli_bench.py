@@ -76,14 +76,14 @@ def imported(name: str) -> Any:
 
 
 @fuses_sums
-@pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SUITES["tiny"][:2], ids=str)
-def test_jaxbn_moves_ten_sizes_and_keeps_one(case, dtype):
+def test_jaxbn_moves_ten_sizes_and_the_part_and_keeps_one(case, dtype):
     x = jnp.ones(case.shape, dtype)
     group = Group(case, dtype, "forward+backward")
     program = _bench_programs.program(_bench_peers.PEERS["jaxbn"].build, group, x)
-    assert program.bytes_accessed == pytest.approx(10 * x.nbytes, rel=0.01)
+    # XLA counts all of x for the part whose mean is the shift.
+    assert 10 * x.nbytes <= program.bytes_accessed <= 11.5 * x.nbytes
     assert program.residual_bytes == x.nbytes
     assert program.temp_bytes < 0.01 * x.nbytes
 
@@ -104,7 +104,6 @@ def test_flax_keeps_more():
     assert program.residual_bytes >= 2 * x.nbytes
 
 
-@pytest.mark.usefixtures("near")
 def test_all_reduces_over_two_devices():
     mesh = _bench_collectives.two_devices()
     assert mesh is not None
@@ -338,11 +337,10 @@ def test_json(run):
         gradients = row["mode"] == "forward+backward" and row["contender"] != "copy"
         assert kept is not None if gradients else kept is None
     jaxbn_row = content["rows"][1]
-    # 2 of them are in the branch for means far from 0, and so are 2 all-reduces.
     if FUSES_SUMS:
-        assert jaxbn_row["sizes_accessed"] == pytest.approx(12, rel=0.01)
+        assert 10 <= jaxbn_row["sizes_accessed"] <= 11.5
     assert jaxbn_row["over_jaxbn"] == 1
-    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == 5
+    assert content["all_reduces"]["jaxbn"]["jit"]["forward+backward"] == 3
     means = content["geometric_means"]
     assert set(means) == {"flax-fast"}
     assert set(means["flax-fast"]) == {"forward+backward"}

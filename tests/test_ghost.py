@@ -121,7 +121,6 @@ def test_devices_keep_their_ghosts_and_merge_their_state():
         close((y, new), in_turn(x, 4))
 
 
-@pytest.mark.usefixtures("near")
 def test_collectives_under_plain_jit():
     """Nothing for y and dx, one for the state, one for the parameter gradients."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))

@@ -149,7 +149,6 @@ def test_complex_d_is_clipped_by_its_length():
     np.testing.assert_allclose(y, [[0.6 + 0.8j]] * 2, rtol=1e-4)
 
 
-@pytest.mark.usefixtures("near")
 def test_traffic_is_that_of_batch_norm():
     """The moments that r and d need are those of the kernel, computed once."""
     x = jnp.ones((65536, 64), jnp.float32)

@@ -1,180 +1,247 @@
-"""Means far from 0 for their standard deviation: nothing is lost to their rounding."""
+"""Moments about a shift: right to float32's last digits at any mean, for any data.
+
+What is compared with float64 leaves ONE compiled program: XLA:CPU may otherwise show
+one consumer of the shift another value than the next (`_moments`, last paragraph).
+"""
 
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import assert_close, fuses_sums
+from cases import fuses_sums
+from devices import mesh
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _rounding
+from jaxbn import _moments
 
-FEATURES = 4
+FEATURES = 8  # XLA:CPU adds fewer up one after the other, where the sums err more
+SHAPES = {  # a division by 1000 rounds, one by 4096 does not
+    "1000 rows": ((1000, FEATURES), -1),
+    "4096 rows": ((4096, FEATURES), -1),
+    "images": ((10, 10, 10, FEATURES), -1),
+    "channel first": ((16, FEATURES, 16, 16), 1),
+    # Here XLA:CPU fuses the division of an unrounded shift: 8e-3 at mean/std 1e6.
+    "odd, wide": ((154, 256), -1),
+}
+shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
 
 
-def draw(ratio, rows=100, dtype=np.float32, seed=0):
+def draw(shape=(1000, FEATURES), axis=-1, ratio=0.0, seed=0):
     """(x, dy, scale), x with mean `ratio` and standard deviation 1."""
     rng = np.random.default_rng(seed)
-    x = (rng.normal(size=(rows, FEATURES)) + ratio).astype(dtype)
-    dy = rng.normal(size=x.shape).astype(np.float32)
-    return x, dy, rng.uniform(0.5, 2, FEATURES).astype(np.float32)
+    x = rng.normal(size=shape) + ratio
+    dy = rng.normal(size=shape)
+    scale = rng.uniform(0.5, 2, shape[axis])
+    return tuple(a.astype(np.float32) for a in (x, dy, scale))
 
 
-def both(x, scale, dy, **kwargs):
-    y, cache = jaxbn.forward(x, scale, jnp.zeros_like(scale), **kwargs)
-    return y, *jaxbn.backward(dy, cache)
+def step(x, dy, scale, mask=None, **kwargs):
+    """(var, y, dx, dscale) of one training step, and the mean, last."""
+    state = jaxbn.init(len(scale))[1]
+
+    def train(x, scale):
+        params, static = jaxbn.Params(scale, None), {"train": True, "momentum": 0.0}
+        return jaxbn.batch_norm(x, params, state, mask=mask, **static, **kwargs)
+
+    y, vjp, new = jax.vjp(train, x, scale, has_aux=True)
+    return new.var, y, *vjp(dy), new.mean
 
 
-def desired(x, scale, dy, mask=None):
-    x, scale, dy = (np.float64(a) for a in (x, scale, dy))
-    y = oracle.forward(x, scale, np.zeros(FEATURES), mask=mask)
-    return y, *oracle.backward(dy, x, scale, mask=mask)
+def desired(x, dy, scale, mask=None, axis=-1):
+    x, dy, scale = (np.float64(a) for a in (x, dy, scale))
+    _, mean, var = oracle.moments(x, axis=axis, mask=mask)
+    y = oracle.forward(x, scale, axis=axis, mask=mask)
+    dx, dscale, _ = oracle.backward(dy, x, scale, axis=axis, mask=mask)
+    return var, y, dx, dscale, mean
 
 
-def assert_all_close(got, wanted, rows):
-    for a, b in zip(got, wanted, strict=True):
-        assert_close(a, b, jnp.float32, rows)
+def assert_exact(got, wanted, bounds=(2e-6, 1.5e-6, 1.5e-6, 1.5e-6, 4e-7), where=""):
+    """Each over its largest; but var over itself, and the mean over itself or std."""
+    var, mean = wanted[0], abs(wanted[-1])
+    sizes = var, *(abs(a).max() for a in wanted[1:4]), np.maximum(mean, np.sqrt(var))
+    names = "var", "y", "dx", "dscale", "mean"
+    for name, a, b, size, bound in zip(names, got, wanted, sizes, bounds, strict=True):
+        error = (abs(np.float64(a) - b) / size).max()
+        assert error <= bound, f"{name} {where}: {error:.1e}"
 
 
-@pytest.mark.parametrize("rows", [4, 100, 1000])
-@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
-@pytest.mark.parametrize("masked", [False, True])
-def test_as_exact_as_near_zero(rows, ratio, masked):
-    x, dy, scale = draw(ratio, rows)
-    mask = np.arange(rows)[:, None] != 2 if masked else None
-    got = jax.jit(both)(x, scale, dy, mask=mask)
-    assert_all_close(got, desired(x, scale, dy, mask), rows)
+def alone(axis, **kwargs):
+    return jax.jit(functools.partial(step, axis=axis, **kwargs))
 
 
-@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
-def test_moments(ratio):
-    x, *_ = draw(ratio)
-    _, mean, var = jax.jit(jaxbn.batch_moments)(x)
-    _, exact_mean, exact_var = oracle.moments(np.float64(x))
-    np.testing.assert_allclose(mean, exact_mean, rtol=6e-8)  # rounded once
-    assert_close(var, exact_var, jnp.float32, len(x))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("rows", [3, 10, 1000, 4095])
-def test_constant_features_are_nothing(dtype, rows):
-    """Where the mean's rounding alone would be y = 0.3 at 1e4, and 30 at 1e6."""
-    sizes = np.minimum([1.1, 10000.1, 1e6, 1.9e6], float(jnp.finfo(dtype).max))
-    x = jnp.asarray(sizes, dtype)
-    x = jnp.broadcast_to(x, (rows, FEATURES))
-    dy = jax.random.normal(jax.random.key(0), x.shape, dtype)
-    y, _, dscale, _ = jax.jit(both)(x, jnp.ones(FEATURES), dy)
-    np.testing.assert_array_equal(y, jnp.zeros_like(y))
-    np.testing.assert_array_equal(dscale, 0)
-    _, mean, var = jaxbn.batch_moments(x)
-    np.testing.assert_array_equal(mean, x[0].astype(jnp.float32))
-    np.testing.assert_array_equal(var, 0)
-
-
-@pytest.mark.parametrize("in_one_pass", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_correction_in_one_pass_and_in_two(in_one_pass, masked):
-    """In one, it is that of a GPU or TPU. Of any mean: here, of one far off."""
-    x, *_ = draw(1e5)
-    mask = np.arange(len(x))[:, None] % 3 != 1 if masked else None
-    num_elements, exact_mean, exact_var = oracle.moments(np.float64(x), mask=mask)
-    mean = (exact_mean + np.linspace(-1, 1, FEATURES)).astype(np.float32)
-    operands = (x, mean, mean, np.float32(num_elements)) + (mask,) * masked
-    correct = functools.partial(_rounding._correct, features=(1,))
-    mean, var, low = jax.jit(correct, static_argnames="in_one_pass")(
-        *operands, in_one_pass=in_one_pass
+def over_two_devices(axis):
+    one = functools.partial(step, axis=axis, axis_name="d")
+    rows = P("d")
+    return jax.jit(
+        jax.shard_map(
+            one,
+            mesh=mesh(d=2),
+            in_specs=(rows, rows, P()),
+            out_specs=(P(), rows, rows, P(), P()),
+        )
     )
-    np.testing.assert_allclose(
-        np.float64(mean) + np.float64(low), exact_mean, atol=1e-6
-    )
-    assert_close(var, exact_var, jnp.float32, len(x))
+
+
+WAYS = {
+    "vjp": alone,
+    "jvp": functools.partial(alone, derivative="jvp"),
+    "devices": over_two_devices,
+}
+
+
+@shapes
+@pytest.mark.parametrize("way", WAYS)
+def test_any_mean(way, shape, axis):
+    f = WAYS[way](axis)
+    for ratio in (0, 1, 1e2, 1e4, 1e6):
+        args = draw(shape, axis, ratio)
+        assert_exact(f(*args), desired(*args, axis=axis), where=f"at {ratio:g}")
+
+
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_any_mean_under_a_mask(rows):
+    mask = np.arange(rows)[:, None] % 7 != 2
+    for ratio in (0, 1e4, 1e6):
+        args = *draw((rows, FEATURES), ratio=ratio), mask
+        assert_exact(alone(-1)(*args), desired(*args), where=f"at {ratio:g}")
 
 
 def test_one_far_feature_of_many():
-    x, dy, scale = draw(0)
+    x, dy, scale = draw()
     x[:, 1] += 1e5
-    got = jax.jit(both)(x, scale, dy)
-    assert_all_close(got, desired(x, scale, dy), len(x))
+    assert_exact(alone(-1)(x, dy, scale), desired(x, dy, scale))
 
 
-@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
-def test_gradients_of_batch_norm(derivative):
-    x, dy, scale = draw(1e5)
-    state = jaxbn.init(FEATURES)[1]
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [3, 1000, 4095])
+def test_constant_features_are_nothing(dtype, rows):
+    """The rounding of one float32 mean would be y = 0.3 at 1e4, and 1000 at 1e8."""
+    f = alone(-1)
+    for seed in range(20):
+        _, dy, scale = draw((rows, FEATURES), seed=seed)
+        sizes = 10 ** np.random.default_rng(seed).uniform(0, 8, FEATURES)
+        x = jnp.asarray(np.minimum(sizes, float(jnp.finfo(dtype).max)), dtype)
+        _, y, *_, mean = f(jnp.tile(x, (rows, 1)), dy.astype(dtype), scale)
+        assert abs(y).max() <= 1e-4
+        np.testing.assert_allclose(mean, x.astype(jnp.float32), rtol=1.2e-7)
 
-    def loss(x, scale):
-        params = jaxbn.Params(scale, jnp.zeros_like(scale))
-        y, _ = jaxbn.batch_norm(x, params, state, train=True, derivative=derivative)
-        return (y * dy).sum()
 
-    got = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
-    assert_all_close(got, desired(x, scale, dy)[1:3], len(x))
+# Data built against the part of the batch whose mean is the shift
+
+
+def part_of(shape, axis):
+    """True where an element is in the part."""
+    places = jnp.arange(np.prod(shape)).reshape(shape)
+    reduced = [i for i in range(len(shape)) if i != axis % len(shape)]
+    part, _ = _moments._part(places, tuple(reduced))
+    return np.isin(places, part)
+
+
+def apart(part, noise):
+    """The part at 0, and the rest at 1e4."""
+    return np.where(part, 0, 1e4) + noise
+
+
+def outliers(part, noise):
+    """All of the part at 1e6."""
+    return np.where(part, 1e6, 0) + noise
+
+
+def few_outliers(part, noise):
+    """Here and there one of the part at 1e6."""
+    return np.where(part & (noise > 1), 1e6, 0) + noise
+
+
+MORE = {"odd": ((77, FEATURES), -1), "narrow": ((8, 33, FEATURES), -1)}
+
+
+@pytest.mark.parametrize("adversary", [apart, outliers, few_outliers])
+@pytest.mark.parametrize(("shape", "axis"), (SHAPES | MORE).values(), ids=SHAPES | MORE)
+def test_adversaries(shape, axis, adversary):
+    x, dy, scale = draw(shape, axis)
+    x = adversary(part_of(shape, axis), x).astype(np.float32)
+    got, wanted = alone(axis)(x, dy, scale), desired(x, dy, scale, axis=axis)
+    assert_exact(got, wanted, bounds=[2e-5] * 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        *SHAPES.values(),
+        *(((rows, 1), -1) for rows in (*range(1, 70), 127, 800, 4095, 4104)),
+        *(((8, width, 1), -1) for width in (*range(1, 20), 31, 33)),
+    ],
+    ids=str,
+)
+def test_the_part_is_a_sixteenth_at_least(shape, axis):
+    """What is lost is bounded by the inverse of its share; it costs as much time."""
+    share = part_of(shape, axis).mean()
+    assert share >= 1 / 16
+    rows = np.prod(shape) // shape[axis]
+    assert share <= (0.12 if rows >= 512 else 1)
+
+
+# Transformations, of data far from 0
 
 
 def test_second_derivatives():
     """Those of the same data about 0: a batch norm does not see a shift."""
-    x, dy, scale = draw(0, rows=6)
+    x, dy, scale = draw((20, 2))
 
     def loss(x, shift):
-        y = both(x + shift, scale, dy)[0]
+        y = step(x + shift, dy, scale)[1]
         return (y**3 * dy).sum()
 
     shift = np.float32(2**12)
     near = jax.jit(jax.hessian(loss))((x + shift) - shift, 0.0)
     far = jax.jit(jax.hessian(loss))(x, shift)
-    # The rounding of the mean is no part of the rule's own derivative.
-    size, rounding = abs(near).max(), shift * jnp.finfo(jnp.float32).eps
-    np.testing.assert_allclose(far, near, rtol=0, atol=rounding * size)
+    np.testing.assert_allclose(far, near, rtol=0, atol=1e-5 * abs(near).max())
 
 
 def test_vmap_is_a_loop():
-    stacked = [np.stack(a) for a in zip(*map(draw, (0.0, 1e5, 1e2)), strict=True)]
-    got = jax.jit(jax.vmap(both))(stacked[0], stacked[2], stacked[1])
-    for i, ratio in enumerate((0.0, 1e5, 1e2)):
-        x, dy, scale = draw(ratio)
-        assert_all_close([a[i] for a in got], desired(x, scale, dy), len(x))
+    ratios = (0.0, 1e6, 1e2)
+    drawn = [draw((100, FEATURES), ratio=ratio) for ratio in ratios]
+    stacked = [np.stack(a) for a in zip(*drawn, strict=True)]
+    got = jax.jit(jax.vmap(step))(*stacked)
+    for i, args in enumerate(drawn):
+        assert_exact([a[i] for a in got], desired(*args), where=ratios[i])
 
 
 def test_vmap_over_masks_alone():
-    x, dy, scale = draw(1e5)
+    args = draw((100, FEATURES), ratio=1e5)
     masks = np.arange(100)[:, None] < np.array([50, 90])[:, None, None]
-    got = jax.jit(jax.vmap(lambda mask: both(x, scale, dy, mask=mask)))(masks)
+    got = jax.jit(jax.vmap(lambda mask: step(*args, mask)))(masks)
     for i, mask in enumerate(masks):
-        assert_all_close([a[i] for a in got], desired(x, scale, dy, mask), len(x))
+        assert_exact([a[i] for a in got], desired(*args, mask))
 
 
 def test_complex():
-    x, dy, scale = draw(1e4)
-    x = x + 1j * draw(-1e4, seed=1)[0]
-    exact = np.complex128(x)
-    y, *_ = jax.jit(both)(x.astype(np.complex64), scale, dy.astype(np.complex64))
-    assert_close(y, oracle.forward(exact, scale, np.zeros(FEATURES)), jnp.float32, 100)
+    x, _, scale = draw(ratio=1e4)
+    x = x + 1j * draw(ratio=-1e6, seed=1)[0]
+
+    def both(x):
+        y, _ = jaxbn.forward(x, scale, jnp.zeros_like(scale))
+        return y, jaxbn.batch_moments(x).var
+
+    y, var = jax.jit(both)(x.astype(np.complex64))
+    exact = np.complex128(x.astype(np.complex64))
+    want = oracle.forward(exact, scale)
+    assert abs(y - want).max() <= 1.5e-6 * abs(want).max()
+    np.testing.assert_allclose(var, oracle.moments(exact)[2], rtol=2e-6)
 
 
-def test_overflow_stays_overflow():
-    x, *_ = draw(1e6)
-    _, _, var = jax.jit(jaxbn.batch_moments)(x * np.float32(1e20))
-    assert np.isinf(var).all()
-
-
-@fuses_sums
-def test_two_reads_in_a_branch():
-    x = jnp.ones((65536, 64))
-    compiled = jax.jit(both).lower(x, jnp.ones(64), x).compile()
-    assert " conditional(" in compiled.as_text()
-    assert compiled.cost_analysis()["bytes accessed"] / x.nbytes <= 12.1
-
-
-@pytest.mark.parametrize("unit", [2.0**-8, 2.0**12])
-def test_far_is_told_by_the_standard_deviation_alone(unit):
-    """In another unit of x all is the same, epsilon too."""
-    x, dy, scale = draw(1000)
-    got = jax.jit(functools.partial(both, epsilon=1e-5 * unit**2))(x * unit, scale, dy)
-    y, dx, *rest = desired(x, scale, dy)
-    assert_all_close((got[0], got[1] * unit, *got[2:]), (y, dx, *rest), len(x))
+def test_a_symbolic_number_of_rows():
+    """There is no part then: the shift is the mean of all."""
+    (n,) = jax.export.symbolic_shape("n")
+    args = draw(ratio=1e6)
+    rows = jax.ShapeDtypeStruct((n, FEATURES), jnp.float32)
+    exported = jax.export.export(jax.jit(step))(rows, rows, args[2])
+    assert_exact(exported.call(*args), desired(*args))
 
 
 def test_a_mean_between_two_numbers_over_devices():
@@ -186,14 +253,24 @@ def test_a_mean_between_two_numbers_over_devices():
         lambda x: jaxbn.batch_norm(x, *jaxbn.init(1), train=True, axis_name="d")[0],
         axis_name="d",
     )(x)
-    wanted = oracle.forward(np.float64(x.reshape(-1, 1)), np.ones(1), np.zeros(1))
+    wanted = oracle.forward(np.float64(x.reshape(-1, 1)))
     np.testing.assert_allclose(y.reshape(-1, 1), wanted, rtol=1e-6)
 
 
-def test_a_variance_that_overflows_is_inf():
-    """Also beside features that are far, where the square of the mean's error is."""
-    x, *_ = draw(100)
-    unit = np.array([1e30, 1, 1, 1e30], np.float32)
-    _, mean, var = jax.jit(jaxbn.batch_moments)(x * unit)
-    np.testing.assert_array_equal(np.isinf(var), unit > 1)
-    np.testing.assert_allclose(mean, unit * oracle.moments(np.float64(x))[1], rtol=1e-6)
+# What it costs
+
+
+@fuses_sums
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((65536, 64), -1), ((32, 28, 28, 128), -1), ((32, 128, 28, 28), 1)],
+    ids=str,
+)
+def test_traffic_on_the_cpu(shape, axis, dtype):
+    """10 sizes, and the part, for which XLA counts all of x; and no branch."""
+    x, scale = jnp.ones(shape, dtype), jnp.ones(shape[axis])
+    compiled = alone(axis).lower(x, x, scale).compile()
+    assert " conditional(" not in compiled.as_text()
+    assert compiled.cost_analysis()["bytes accessed"] / x.nbytes <= 11.5
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * x.nbytes

@@ -77,3 +77,28 @@ def test_equals_the_whole_batch(kind, layout, derivative):
         assert big.sharding.shard_shape(x.shape) == of_x.shard_shape(x.shape)
     if kind == AxisType.Explicit:  # part of the type, which an update keeps
         assert new.mean.sharding.is_equivalent_to(of_params, 1)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("rows", [32, 104, 256, 4096])
+@pytest.mark.parametrize("spec", [P("data"), P(("data", "model")), P("data", "model")])
+def test_every_number_of_rows(kind, rows, spec):
+    """The part of the batch is made of blocks that each lie on one device."""
+    devices = mesh(data=4, model=2, kind=kind)
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, rows, FEATURES)).astype(np.float32)
+    x += 1000
+    params, state = jaxbn.init(FEATURES)
+
+    @jax.jit
+    def step(x, dy):
+        y, vjp, new = jax.vjp(lambda x: batch_norm(x, params, state), x, has_aux=True)
+        return y, *vjp(dy), new.var
+
+    with jax.set_mesh(devices):
+        y, dx, var = step(*jax.device_put((x, dy), NamedSharding(devices, spec)))
+    assert_close(y, oracle.forward(x, epsilon=EPSILON), jnp.float32, rows)
+    want, *_ = oracle.backward(dy, np.float64(x), epsilon=EPSILON)
+    assert_close(dx, want, jnp.float32, rows)
+    want = MOMENTUM + (1 - MOMENTUM) * np.float64(x).var(0)
+    assert_close(var, want, jnp.float32, rows)

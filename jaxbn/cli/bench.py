@@ -31,8 +31,8 @@ columns:
             4 times, dy twice, y and dx are written, and a copy is one of each
   over jaxbn            the time over jaxbn's: more than 1 is slower than jaxbn
   sizes accessed        the bytes that XLA counts in all operations, over those of x;
-            for jaxbn in training on the CPU 2 of them are in a branch, taken where a
-            mean is over 8 standard deviations from 0
+            for the part of x whose mean jaxbn takes first, on the CPU, XLA counts up
+            to a whole x
   sizes temp., kept     likewise, of temporaries, and of what JAX keeps for the backward
 
 Memory that was freed is used again (under glibc malloc is set so, for PyTorch too):
