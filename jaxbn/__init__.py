@@ -5,19 +5,24 @@ hold the Flax modules, `jaxbn.convert` what reads other people's weights.
 """
 
 from jaxbn import convert
-from jaxbn._affine import normalize
-from jaxbn._batch_norm import Params, batch_norm, init
-from jaxbn._fold import fold
-from jaxbn._fold_before import fold_before
+from jaxbn._core.batch_norm import Params, init
+from jaxbn._core.functional import batch_norm, batch_renorm, ghost_batch_norm
+from jaxbn._core.kernel import Cache, backward, forward
+from jaxbn._core.moments import Moments, batch_moments, merge_moments
+from jaxbn._core.normalize import normalize
+from jaxbn._core.renorm import ramp_d_max, ramp_r_max
+from jaxbn._core.running import State, update_state
+from jaxbn._fold import fold, fold_before
 from jaxbn._fold_tree import fold_tree
-from jaxbn._ghost import ghost_batch_norm
-from jaxbn._moments import Moments, batch_moments, merge_moments
-from jaxbn._normalize import backward, forward
-from jaxbn._renorm import batch_renorm
-from jaxbn._renorm_limits import ramp_d_max, ramp_r_max
-from jaxbn._running import State, update_state
+
+__version__ = "0.1.0"
+
+# So that pickles name what is public, and outlive a move of the files.
+for _class in (Cache, Moments, Params, State):
+    _class.__module__ = __name__
 
 __all__ = [
+    "Cache",
     "Moments",
     "Params",
     "State",

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._batch_norm import Params
-from jaxbn._fold import fold
-from jaxbn._fold_before import fold_before
-from jaxbn._running import State
+from jaxbn._core.batch_norm import Params
+from jaxbn._core.running import State
+from jaxbn._fold import fold, fold_before
 
 Path = tuple[str, ...]
 LAYER, NORM = "layer", "batch norm"

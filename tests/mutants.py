@@ -71,8 +71,8 @@ FAULTS = {
             "return SplitMoments(num_elements, shift + offset, 0 * offset, var)",
         ),
         (
-            "x, shift, offset = apart_on_cpu(x, shift, offset)",
-            "x, shift = apart_on_cpu(x, shift)",
+            "x, shift, offset = barrier_on_cpu(x, shift, offset)",
+            "x, shift = barrier_on_cpu(x, shift)",
         ),
         ("taken = -(-size // 16)", "taken = 1"),
         ("and spec[axis] is None", ""),
@@ -93,7 +93,7 @@ FAULTS = {
         ),
         ('    platform="cpu",\n', ""),
         (
-            "(apart_on_cpu(*primals), tangents)",
+            "(barrier_on_cpu(*primals), tangents)",
             "(list(primals), [0 * t for t in tangents])",
         ),
     ],
@@ -112,8 +112,8 @@ FAULTS = {
         ("dscale = (dscale - tail * dbias) * rstd", "dscale = dscale * rstd"),
         ("dscale = (dscale - tail * dbias) * rstd", "dscale -= tail * dbias"),
         (
-            "x, head, dbias = apart_on_cpu(x, head, dbias)",
-            "x, head = apart_on_cpu(x, head)",
+            "x, head, dbias = barrier_on_cpu(x, head, dbias)",
+            "x, head = barrier_on_cpu(x, head)",
         ),
         ("- expand(on_one)", ""),
         ("expand(rstd * on_x_hat)", "expand(on_x_hat)"),
@@ -133,12 +133,12 @@ FAULTS = {
             "a = rstd",
         ),
         (
-            "g = zero_masked(apart_on_cpu(dy, head)[0].astype(dtype), mask)",
-            "g = apart_on_cpu(dy, head)[0].astype(dtype)",
+            "g = zero_masked(barrier_on_cpu(dy, head)[0].astype(dtype), mask)",
+            "g = barrier_on_cpu(dy, head)[0].astype(dtype)",
         ),
         (
-            "g = zero_masked(apart_on_cpu(dy, on_x_hat)[0].astype(dtype), mask)",
-            "g = apart_on_cpu(dy, on_x_hat)[0].astype(dtype)",
+            "g = zero_masked(barrier_on_cpu(dy, on_x_hat)[0].astype(dtype), mask)",
+            "g = barrier_on_cpu(dy, on_x_hat)[0].astype(dtype)",
         ),
         ("cast(dscale, cache.scale.dtype)", "dscale"),
         ("return y, lax.stop_gradient(batch)", "return y, batch"),

@@ -10,14 +10,14 @@ import pytest
 from devices import mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxbn._barriers import apart_on_cpu
+from jaxbn._core.platforms import barrier_on_cpu
 
 X = jnp.arange(6.0).reshape(2, 3)
 WEIGHT = X - 2
 
 
 def twice(x):
-    x, mean = apart_on_cpu(x, x.mean(0))
+    x, mean = barrier_on_cpu(x, x.mean(0))
     return x * mean[None]
 
 
@@ -65,7 +65,7 @@ def test_types_under_spmd_axis_name():
     """What `lax.platform_dependent` loses: that a vmap's rows lie over "model"."""
 
     def body(x):
-        x, mean = apart_on_cpu(x, x.mean(0))
+        x, mean = barrier_on_cpu(x, x.mean(0))
         return jnp.stack([mean, x.sum(0)])[None]
 
     rows = jax.shard_map(

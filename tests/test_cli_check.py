@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from jaxbn import _normalize
 from jaxbn.__main__ import main
+from jaxbn._core import kernel
 from jaxbn.cli import _check_cases
 
 
@@ -36,7 +36,7 @@ def cancelling(x, mask, *rest):
     return batch._replace(head=batch.head * (1 + 1e-4))
 
 
-backward, moments = _normalize.backward, _normalize.moments
+backward, moments = kernel.backward, kernel.moments
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ backward, moments = _normalize.backward, _normalize.moments
     ],
 )
 def test_a_planted_error_is_found(monkeypatch, capsys, name, planted, case, quantity):
-    monkeypatch.setattr(_normalize, name, planted)
+    monkeypatch.setattr(kernel, name, planted)
     few = [_check_cases.Case(jax.numpy.float32, setting) for setting in ("plain", case)]
     monkeypatch.setattr(_check_cases, "cases", lambda: iter(few))
     assert main(["check"]) == 1

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from jaxbn import _layer_statistics
 from jaxbn.__main__ import main
-from jaxbn._inspect import inspect_statistics
-from jaxbn._layer_statistics import LayerStatistics
-from jaxbn._moments import Moments
-from jaxbn.linen import BatchNorm, recalibrate
+from jaxbn._core.moments import Moments
+from jaxbn._models import inspection
+from jaxbn.linen import BatchNorm, LayerStatistics, inspect_statistics, recalibrate
 
 LAYERS = [f"BatchNorm_{i}" for i in range(3)]
 
@@ -150,7 +148,7 @@ def test_kl_is_finite_whatever_the_statistics():
     # What is not finite in the data is not held against the running statistics.
     assert (odd.kl[~np.isfinite(true)] == 0).all()
     broken = np.isfinite(true) & ~np.isfinite(mean)
-    assert (odd.kl[broken] == _layer_statistics.LARGEST_KL).all()
+    assert (odd.kl[broken] == inspection.LARGEST_KL).all()
 
 
 def test_channels_are_found():
@@ -171,10 +169,10 @@ def test_channels_are_found():
     assert found.kl[3] == 0  # for which nothing was counted
 
 
-@pytest.mark.parametrize("dtype", _layer_statistics.STD_IS_LOST)
+@pytest.mark.parametrize("dtype", inspection.STD_IS_LOST)
 def test_std_is_lost_where_the_threshold_says(dtype):
     """A unit of spread around a mean above the threshold: rounding moves all of it."""
-    limit = _layer_statistics.STD_IS_LOST[dtype]
+    limit = inspection.STD_IS_LOST[dtype]
     for mean, lost in ((limit * 1.01, True), (limit / 4, False)):
         around = jnp.asarray([mean - 0.5, mean + 0.5], dtype)
         spread = float(around[1]) - float(around[0])

@@ -16,7 +16,7 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import _measure
+from jaxbn._models import measure
 
 X = np.random.default_rng(0).normal(3, 2, (40, 4)).astype(np.float32)
 
@@ -162,16 +162,16 @@ def test_an_nnx_model_that_cannot_be_hashed():
 @pytest.mark.parametrize("hold", [Net, NnxNet])
 def test_a_dead_model_is_freed(hold):
     gc.collect()
-    before = len(_measure._PROGRAMS)
+    before = len(measure._PASSES)
     net = hold()
     recalibrate = (linen_tool if hold is Net else nnx_tool)(net)
     for kwargs in ({}, {"factor": 2.0}, {"sequential": True}):
         recalibrate(**kwargs)
     if hold is Net:
         recalibrate(method=net.named)
-    assert len(_measure._PROGRAMS) == before + 1
+    assert len(measure._PASSES) == before + 1
     dead = weakref.ref(net)
     del net, recalibrate
     gc.collect()
     assert dead() is None
-    assert len(_measure._PROGRAMS) == before
+    assert len(measure._PASSES) == before

@@ -17,7 +17,7 @@ from devices import mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _moments
+from jaxbn._core.moments import _part
 
 FEATURES = 8  # XLA:CPU adds fewer up one after the other, where the sums err more
 SHAPES = {  # a division by 1000 rounds, one by 4096 does not
@@ -138,7 +138,7 @@ def part_of(shape, axis):
     """True where an element is in the part."""
     places = jnp.arange(np.prod(shape)).reshape(shape)
     reduced = [i for i in range(len(shape)) if i != axis % len(shape)]
-    part, _ = _moments._part(places, tuple(reduced))
+    part, _ = _part(places, tuple(reduced))
     return np.isin(places, part)
 
 

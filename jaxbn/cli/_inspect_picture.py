@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxbn._layer_statistics import (
+from jaxbn._models.inspection import (
     DEAD,
     EPSILON,
     SCALE_NEAR_ZERO,

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxbn._layer_statistics import (
+from jaxbn._models.inspection import (
     DEAD,
     EPSILON,
     LARGEST_KL,

@@ -10,12 +10,12 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from jaxbn._inspect import inspect_statistics
-from jaxbn._layer_statistics import LayerStatistics
+from jaxbn._models.inspection import LayerStatistics
 from jaxbn.cli import _digits, _files, _inspect_picture, _inspect_report
 from jaxbn.cli._arguments import CommandError
 from jaxbn.cli._settings import from_checkpoint
 from jaxbn.cli._training import Network, Trainer
+from jaxbn.linen import inspect_statistics
 
 # Those of `train --norm` that have statistics, the one to prefer first.
 NORMALIZED = ("jaxbn", "flax")

@@ -1,0 +1,1 @@
+"""Batch norm in plain JAX: moments, normalization, the rule and the running state."""

@@ -1,0 +1,127 @@
+"""Flax's rules on dtypes and masks, and the base of both modules `BatchNorm`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _axes, _checks
+from jaxbn._axes import Features
+from jaxbn._core.batch_norm import Options
+from jaxbn._core.renorm import check_limits
+from jaxbn._core.running import Averaging
+
+
+class BatchNormBase:
+    """The base of the modules `BatchNorm`, of which every option is an attribute."""
+
+    def _averaging(self: Any) -> Averaging:
+        debias = _checks.check_static_bool("debias", self.debias)
+        return Averaging(self.momentum, self.running_variance, debias)
+
+    def _keeps_count(self: Any) -> bool:
+        """Whether the module has the variable `num_updates`."""
+        return self._averaging().counts
+
+    def _options(self: Any, dtype: DTypeLike) -> Options:
+        """Return the options of the functional API, for a y of `dtype`."""
+        return Options(
+            self.epsilon,
+            self._averaging(),
+            self.axis_name,
+            self.axis_index_groups,
+            self.derivative,
+            self.ghost_batch_size,
+            dtype=dtype,
+        )
+
+
+class BatchRenormBase(BatchNormBase):
+    """The base of the modules `BatchRenorm`, with their two limits."""
+
+    def _keeps_count(self: Any) -> bool:
+        return True
+
+    def _options(self: Any, dtype: DTypeLike) -> Options:
+        if self.ghost_batch_size is not None:
+            raise ValueError(
+                "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
+                f"those of the whole batch; got {self.ghost_batch_size}"
+            )
+        options = super()._options(dtype)
+        return dataclasses.replace(options, limits=(self.r_max, self.d_max))
+
+
+def check_limit_fields(r_max: Any, d_max: Any) -> None:
+    """Refuse limits of batch renorm that a module cannot keep as an attribute.
+
+    An array cannot be hashed, as nn.jit needs it, and NNX would put it into the state.
+    """
+    for name, limit in (("r_max", r_max), ("d_max", d_max)):
+        if isinstance(limit, jax.Array | np.ndarray):
+            raise TypeError(
+                f"`{name}` must be a Python number or a schedule in a module; got an "
+                "array (write a schedule: lambda num_updates: array)"
+            )
+    check_limits(r_max, d_max)
+
+
+def as_input(
+    norm: Any, x: jax.Array, mask: ArrayLike | None, param_dtypes: list[Any]
+) -> tuple[jax.Array, jax.Array | None, Features, jnp.dtype]:
+    """Return x and mask for the functional API, the feature axes, and y's dtype."""
+    dtype = result_dtype(norm.dtype, x, param_dtypes)
+    x = promote(x, dtype)
+    mask = broadcast_mask(mask, x)
+    return x, mask, _axes.feature_axes(norm.axis, x.ndim), dtype
+
+
+def result_dtype(
+    dtype: DTypeLike | None, x: jax.Array, param_dtypes: list[Any]
+) -> jnp.dtype:
+    """Return y's dtype: the one asked for, else that of x and parameters together."""
+    for param_dtype in param_dtypes:
+        if param_dtype is not None:  # None is JAX's default
+            _checks.check_inexact("param_dtype", param_dtype)
+    if dtype is not None:
+        return _checks.check_inexact("dtype", dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        result = jnp.result_type(x, *param_dtypes)
+        return result if jnp.issubdtype(result, jnp.inexact) else jnp.dtype(jnp.float32)
+
+
+def promote(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return x in a dtype whose arithmetic is precise enough for y in `dtype`.
+
+    A bfloat16 x stays as it is for a float32 y: its arithmetic is in float32 already.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x.astype(jnp.promote_types(dtype, jnp.float32))
+        if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            return x.real  # as a cast to `dtype` would have it
+        arithmetic = _axes.accumulation_dtype(x.dtype)
+        wanted = jnp.promote_types(arithmetic, dtype)
+    return x if wanted == arithmetic else x.astype(wanted)
+
+
+def broadcast_mask(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
+    """Return a mask of any dtype and lower rank as booleans of x's rank."""
+    if mask is None:
+        return None
+    mask = _checks.as_array("mask", mask).astype(bool)
+    if not _axes.broadcasts(mask.shape, x.shape):
+        raise ValueError(
+            f"`mask` must broadcast to the shape of x, {x.shape}, as in NumPy; got "
+            f"{mask.shape}{_checks.row_mask_hint(mask)}"
+        )
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+
+
+def keep_dtypes(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Return `arrays`: a `promote_dtype` for NNX, which has nothing to do here."""
+    del dtype, inexact
+    return arrays

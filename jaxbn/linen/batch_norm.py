@@ -1,0 +1,235 @@
+"""Batch norm as Flax Linen modules; the arithmetic is that of `jaxbn.batch_norm`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jax.typing import ArrayLike
+
+from jaxbn import _checks
+from jaxbn._checks import Derivative, RunningVariance
+from jaxbn._core.batch_norm import Params, normalize_and_update
+from jaxbn._core.moments import Moments, merge_moments
+from jaxbn._core.renorm import ramp_d_max, ramp_r_max
+from jaxbn._core.running import State, new_state
+from jaxbn._models.measure import empty_moments
+from jaxbn._models.rules import (
+    BatchNormBase,
+    BatchRenormBase,
+    as_input,
+    check_limit_fields,
+)
+from jaxbn.linen.recording import RECORDED, active
+
+
+class BatchNorm(BatchNormBase, nn.Module):
+    """Drop-in for `flax.linen.BatchNorm`: same fields, variables, dtypes and names.
+
+    It differs from Flax's in what is right:
+
+    * The variance is always computed stably; `use_fast_variance` is ignored.
+    * A mask is right over several devices, zeroes y where it is False, and lets no NaN
+      through, also into gradients.
+    * A batch that is empty, fully masked or not finite leaves the running statistics
+      alone. These keep their dtype and are not differentiated.
+    * A training batch with one element per feature is an error.
+
+    `batch_stats` holds `mean` and `var`, and `num_updates` where `momentum` is None or
+    `debias` is set. Checkpoints of models with `flax.linen.BatchNorm` load unchanged.
+
+    Attributes:
+        use_running_average: Whether to normalize by the running statistics (inference)
+            or by the batch (training). Given here or in the call, once; a Python bool.
+        axis: The feature axis or axes of x.
+        momentum: The share of the old running statistics that is kept, in [0, 1]. None
+            is the average over all updates so far.
+        epsilon: Added to the variance; in the squared unit of x.
+        dtype: Of y; None is that of x, scale and bias together.
+        param_dtype: Of scale and bias.
+        use_bias: Whether there is a bias.
+        use_scale: Whether there is a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Named axes whose devices share one batch.
+        axis_index_groups: Groups of indices on `axis_name`, each a batch of its own.
+        use_fast_variance: Accepted and ignored: the variance is always stable.
+        force_float32_reductions: If False, running statistics are kept in
+            `param_dtype`. Reductions are in float32 at least in any case.
+        running_variance: "biased", or "unbiased" with n - 1 (PyTorch).
+        debias: The first updates average, until `momentum` keeps less, so that the
+            statistics are never drawn towards their initial values.
+        derivative: "vjp" is the analytic rule; "jvp" gives forward mode too.
+        ghost_batch_size: Rows that share statistics in training, as for
+            `jaxbn.ghost_batch_norm`; None is all of them.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxbn.linen import BatchNorm
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> norm = BatchNorm(momentum=0.9)
+        >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
+        >>> y, updates = norm.apply(
+        ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+        ... )
+        >>> print(y.round(3), updates["batch_stats"]["mean"].round(3))
+        [[-1. -1.]
+         [ 1.  1.]] [0.2 2. ]
+
+    Source: Ioffe & Szegedy, "Batch Normalization", 2015.
+    """
+
+    use_running_average: bool | None = None
+    axis: Any = -1
+    momentum: Any = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Any = initializers.zeros
+    scale_init: Any = initializers.ones
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    running_variance: RunningVariance = "biased"
+    debias: bool = False
+    derivative: Derivative = "vjp"
+    ghost_batch_size: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalize x, and in training update the running statistics.
+
+        While the module is initializing, the running statistics stay as they are,
+        `axis_name` need not be bound, and a batch of one is fine.
+
+        Args:
+            x: Of any rank >= 1; integers are promoted to float32.
+            use_running_average: As the field, where that is None.
+            mask: True where an element counts; broadcasts to x as in NumPy.
+
+        Returns:
+            y, with the shape of x; 0 where the mask is False.
+
+        Raises:
+            ValueError: `use_running_average` is given twice or never, or as for
+                `jaxbn.batch_norm`.
+            TypeError: `use_running_average` is traced, or as for `jaxbn.batch_norm`.
+        """
+        use_running_average = _checks.check_static_bool(
+            "use_running_average",
+            nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            ),
+        )
+        recording = active()
+        if recording is not None:
+            use_running_average = recording.use_running_average
+        initializing = self.is_initializing()
+        updating = not (use_running_average or initializing or recording)
+        x, mask, features, dtype = as_input(
+            self,
+            _checks.as_x(x),
+            mask,
+            [self.param_dtype] * (self.use_scale or self.use_bias),
+        )
+        shape = tuple(x.shape[i] for i in features)
+        state, variables = _running_statistics(
+            self, shape, jnp.iscomplexobj(x), with_count=updating or initializing
+        )
+        params = Params(
+            self.param("scale", self.scale_init, shape, self.param_dtype)
+            if self.use_scale
+            else None,
+            self.param("bias", self.bias_init, shape, self.param_dtype)
+            if self.use_bias
+            else None,
+        )
+        y, batch, state = normalize_and_update(
+            x,
+            params,
+            state,
+            mask,
+            features,
+            self._options(dtype),
+            train=not use_running_average,
+            updating=updating,
+        )
+        if recording is not None:
+            _record(self, recording.note(self.path, x, features, mask, batch))
+        if updating:
+            for name, variable in variables.items():
+                variable.value = getattr(state, name)
+        return y
+
+
+class BatchRenorm(BatchRenormBase, BatchNorm):
+    """Batch renormalization: `BatchNorm` that trains on what inference will use.
+
+    As `BatchNorm`, with the two limits of `jaxbn.batch_renorm`; the paper's ramp begins
+    as plain batch norm. `batch_stats` always holds `num_updates`.
+
+    Attributes:
+        r_max: At least 1: a number or a schedule (a function, such as optax's) of the
+            number of updates. A schedule may return one entry per feature.
+        d_max: At least 0; a number or a schedule, as `r_max`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxbn.linen import BatchRenorm
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> norm = BatchRenorm(False, r_max=optax.linear_schedule(1.0, 3.0, 1000))
+        >>> variables = norm.init(jax.random.key(0), x)
+        >>> sorted(variables["batch_stats"])
+        ['mean', 'num_updates', 'var']
+
+    Source: Ioffe, "Batch Renormalization", 2017.
+    """
+
+    r_max: Any = ramp_r_max
+    d_max: Any = ramp_d_max
+
+    def __post_init__(self) -> None:
+        check_limit_fields(self.r_max, self.d_max)
+        super().__post_init__()
+
+
+# Not methods: Flax would record each call of them, as of a layer.
+def _running_statistics(
+    module: BatchNorm, shape: tuple[int, ...], is_complex: bool, *, with_count: bool
+) -> tuple[State, dict[str, Any]]:
+    """Return the state and the variables that hold it; the count only if needed."""
+    dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
+    if is_complex:
+        dtype = jnp.complex64
+    initial = new_state(shape, dtype)
+    names = ["mean", "var"]
+    if with_count and module._keeps_count():
+        names.append("num_updates")
+    variables = {
+        name: module.variable("batch_stats", name, getattr, initial, name)
+        for name in names
+    }
+    values = {name: variable.value for name, variable in variables.items()}
+    return initial._replace(**values), variables
+
+
+def _record(module: BatchNorm, batch: Moments) -> None:
+    """Add the moments to those that this layer has recorded in this call so far."""
+    initial = empty_moments(batch.mean)
+    variables = [
+        module.variable("batch_stats", name, lambda value=value: value)
+        for name, value in zip(RECORDED, initial, strict=True)
+    ]
+    so_far = Moments(*(variable.value for variable in variables))
+    for variable, value in zip(variables, merge_moments(so_far, batch), strict=True):
+        variable.value = value
