@@ -42,6 +42,7 @@ from jaxbn._affine import Config, affine, cast, check_arguments, rstd_of
 from jaxbn._barriers import apart_on_cpu
 from jaxbn._centered import centered, zero_masked
 from jaxbn._moments import Moments, SplitMoments, moments
+from jaxbn._pair_sum import pair_sum
 
 
 @jax.tree_util.register_dataclass
@@ -157,10 +158,11 @@ def backward(
 
     if dy.dtype != dtype:  # or XLA:CPU writes out the float32 copy of dy
         (dy,) = apart_on_cpu(dy)
-    dbias = zero_masked(dy.astype(dtype), mask).sum(reduced)
-    x, dy, head = apart_on_cpu(x, dy, head)
     g = zero_masked(dy.astype(dtype), mask)
-    dscale = (g * centered(x, head, mask, config.features)).sum(reduced)
+    x, dy, head = apart_on_cpu(x, dy, head)
+    products = zero_masked(dy.astype(dtype), mask)
+    products = products * centered(x, head, mask, config.features)
+    dbias, dscale = pair_sum(g, products, reduced)
     dscale = (dscale - tail * dbias) * rstd
 
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)

@@ -1,4 +1,4 @@
-"""GPU without a GPU: XLA compiles for one H200 that is described, and nothing runs.
+"""GPU without a GPU: XLA compiles for H200 that are described, and nothing runs.
 
     pip install 'jaxbn[gpu]' && pytest -m gpu
 
@@ -22,7 +22,7 @@ from described import (
 )
 from flax import linen as nn
 from gpu import OPTIONS, describe_gpus, needs_plugin
-from kernels import traffic
+from kernels import collectives, traffic
 
 from jaxbn.linen import BatchNorm
 
@@ -116,9 +116,18 @@ def test_one_norm(gpu, relu, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize(("images", "most"), [(128, 1.07), (512, 0.98)])
-def test_layers(gpu, images, most, dtype):
-    """Over Flax's. Of small x XLA writes out more, and recomputes less."""
+def test_eight_gpus_by_sharding(dtype):
+    """Plain jit: an all-reduce for each pass that sums."""
+    _, args = arguments(describe_gpus(8), dtype)
+    for step, number in ((forward, 2), (both, 3)):
+        program = compiled(functools.partial(step, OURS), args, OPTIONS)
+        assert collectives(program) == {"all-reduce": number}
+
+
+@DTYPES
+@pytest.mark.parametrize("images", [128, 512])
+def test_layers(gpu, images, dtype):
+    """Over Flax's. XLA's choice, to recompute or to write out, depends on the size."""
     _, (x, dy, params, state) = arguments(gpu, dtype, images)
     kernel = jax.ShapeDtypeStruct(
         (3, 3, FEATURES, FEATURES), dtype, sharding=params.scale.sharding
@@ -128,6 +137,6 @@ def test_layers(gpu, images, most, dtype):
         count(both, functools.partial(layers, norm), args) for norm in (OURS, FLAX)
     )
     moved, temporary, kernels = (a / b for a, b in zip(ours, flax, strict=True))
-    assert moved <= most
+    assert moved <= 0.98
     assert temporary <= 1.01
-    assert kernels <= 1.15
+    assert kernels <= 1.1
