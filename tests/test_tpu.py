@@ -9,58 +9,26 @@ mean is the shift.
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from described import (
+    DTYPES,
+    LOCAL,
+    arguments,
+    batch_norm,
+    both,
+    compiled,
+    forward,
+    with_relu,
+)
 from jax.sharding import PartitionSpec as P
+from kernels import collectives
 from tpu import needs_libtpu
 
-import jaxbn
-
 pytestmark = [pytest.mark.tpu, needs_libtpu]
-
-FEATURES = 256
-# On each chip, and too large for the 128 MiB beside the cores of a v5e: XLA would copy
-# x there, and count the copy.
-LOCAL = (512, 32, 32, FEATURES)
-DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-COLLECTIVES = "all-reduce all-gather all-to-all collective-permute reduce-scatter"
-
-batch_norm = functools.partial(jaxbn.batch_norm, train=True)
-
-
-def arguments(chips, dtype):
-    """A mesh of the chips, and on it shapes of (x, dy, params, state)."""
-    mesh = Mesh(chips, ("chips",), axis_types=(AxisType.Auto,))
-
-    def on_mesh(spec, shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    x = on_mesh(P("chips"), (LOCAL[0] * mesh.size, *LOCAL[1:]), dtype)
-    params, state = jax.tree.map(
-        lambda a: on_mesh(P(), a.shape, a.dtype), jaxbn.init(FEATURES)
-    )
-    return mesh, (x, x, params, state)
-
-
-def forward(norm, x, dy, params, state):
-    del dy
-    return norm(x, params, state)
-
-
-def both(norm, x, dy, params, state):
-    """Forward and backward, of all that a training step would use."""
-    y, vjp, state = jax.vjp(lambda *a: norm(*a, state), x, params, has_aux=True)
-    # In a network dy comes from y: no sum over dy can join the forward pass.
-    y, dy = jax.lax.optimization_barrier((y, dy))
-    return y, state, *vjp(dy)
-
-
-def compiled(step, args):
-    return jax.jit(step).lower(*args).compile()
+RELU = functools.partial(with_relu, batch_norm)
 
 
 def sizes(program, dtype):
@@ -68,19 +36,6 @@ def sizes(program, dtype):
     nbytes = math.prod(LOCAL) * jnp.dtype(dtype).itemsize
     moved = program.cost_analysis()["bytes accessed"]
     return moved / nbytes, program.memory_analysis().temp_size_in_bytes / nbytes
-
-
-def collectives(program):
-    """How many of each kind a program has, those that it has."""
-    found = re.findall(
-        rf" ({'|'.join(COLLECTIVES.split())})(?:-start)?\(", program.as_text()
-    )
-    return {kind: found.count(kind) for kind in found}
-
-
-def with_relu(*args):
-    y, state = batch_norm(*args)
-    return jax.nn.relu(y), state
 
 
 def assert_passes(program, passes, dtype):
@@ -91,7 +46,7 @@ def assert_passes(program, passes, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("norm", [batch_norm, with_relu], ids=["alone", "relu"])
+@pytest.mark.parametrize("norm", [batch_norm, RELU], ids=["alone", "relu"])
 def test_one_chip(chips, norm, dtype):
     _, args = arguments(chips[:1], dtype)
     for step, passes in ((forward, 3), (both, 8)):
