@@ -25,7 +25,7 @@ def test_public_names():
     named = {"Moments", "Params", "State", "init", "batch_norm", "batch_moments"}
     named |= {"merge_moments", "normalize", "forward", "backward", "convert"}
     named |= {"ghost_batch_norm", "batch_renorm", "fold", "fold_before", "fold_tree"}
-    named |= {"update_state", "ramp_r_max", "ramp_d_max"}
+    named |= {"update_state", "ramp_r_max", "ramp_d_max", "Cache"}
     assert set(jaxbn.__all__) == named
     assert all(hasattr(jaxbn, name) for name in named)
 

@@ -136,6 +136,9 @@ def normalize_and_update(
             and leaves the state as it is. It is an error otherwise.
     """
     _checks.check_instance("params", params, Params, "a jaxbn.Params")
+    in_ghosts = options.ghost_batch_size is not None
+    if in_ghosts and train and updating:
+        ghost.check_ghosts(x, features, options.ghost_batch_size)
     scale = _checks.check_per_feature("scale", params.scale, x, features)
     bias = _checks.check_per_feature("bias", params.bias, x, features)
     state = check_state(state, x, features)
@@ -155,7 +158,7 @@ def normalize_and_update(
         return affine(*args, dtype=options.dtype), None, state
     if updating:
         devices = check_devices(options.axis_name, options.axis_index_groups)
-        together = 1 if options.ghost_batch_size is not None else devices.number
+        together = 1 if in_ghosts else devices.number
         try:
             _checks.check_count(x.shape, features, together, "training")
         except ValueError as error:
@@ -169,8 +172,8 @@ def normalize_and_update(
     if not updating:
         return *normalize_batch(config, x, scale, bias, mask), state
 
-    if options.ghost_batch_size is not None:
-        size = ghost.check_ghosts(x, config, options.ghost_batch_size)
+    if in_ghosts:
+        size = options.ghost_batch_size
         y, batches = ghost.normalize_ghosts(config, size, x, scale, bias, mask)
         return y, None, ghost.update_in_turn(state, batches, averaging)
     if options.limits is not None:

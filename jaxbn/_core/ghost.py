@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _axes, _checks
-from jaxbn._axes import is_int
+from jaxbn._axes import Features, is_int
 from jaxbn._core.devices import (
     ONE_DEVICE,
     all_over,
@@ -22,13 +22,13 @@ from jaxbn._core.moments import Moments, from_rows, to_rows
 from jaxbn._core.running import Averaging, State, blend
 
 
-def check_ghosts(x: jax.Array, config: Config, size: Any) -> int:
-    """Return the rows of one ghost batch, which must divide those of x."""
-    size = check_size(size)
-    if 0 in config.features:
+def check_ghosts(x: jax.Array, features: Features, size: Any) -> None:
+    """Refuse ghost batches of `size` rows that the batch does not consist of."""
+    check_size(size)
+    if 0 in features:
         raise ValueError(
             "`axis` must leave axis 0 of x to the batch, which is split into ghost "
-            f"batches; got {config.features}"
+            f"batches; got {features}"
         )
     if size < 1 or x.shape[0] % size:
         raise ValueError(
@@ -36,9 +36,7 @@ def check_ghosts(x: jax.Array, config: Config, size: Any) -> int:
             "(pad x to a multiple, and give a `mask` that is False for the padding)"
         )
     hint = "take a larger `ghost_batch_size`"
-    shape = (size, *x.shape[1:])
-    _checks.check_count(shape, config.features, 1, "each ghost batch", hint)
-    return size
+    _checks.check_count((size, *x.shape[1:]), features, 1, "each ghost batch", hint)
 
 
 def check_size(size: Any) -> int:
