@@ -1,6 +1,6 @@
 """Feature and reduced axes, broadcasting, and the dtypes that arithmetic is done in."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def expand(per_feature: jax.Array, features: Features, ndim: int) -> jax.Array:
     return jnp.expand_dims(per_feature, reduced_axes(features, ndim))
 
 
-def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Return whether an array of `shape` broadcasts to the shape `to` exactly."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(m in (1, n) for m, n in pairs)

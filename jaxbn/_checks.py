@@ -55,7 +55,7 @@ def check_iterable(name: str, value: object, of: str) -> None:
         raise TypeError(f"`{name}` must be an iterable of {of}; got {kind(value)}")
 
 
-def check_variables(variables: Any, *collections: str) -> None:
+def check_variables(variables: Mapping[str, Any], *collections: str) -> None:
     """Refuse what is not Flax variables with one of the `collections`."""
     check_mapping("variables", variables)
     if not set(collections) & set(variables):
@@ -66,7 +66,7 @@ def check_variables(variables: Any, *collections: str) -> None:
         )
 
 
-def check_path(name: str, path: Any) -> tuple[str, ...]:
+def check_path(name: str, path: object) -> tuple[str, ...]:
     """Return a module's path, a string or a sequence of strings, as a tuple."""
     names = path.split("/") if isinstance(path, str) else path
     if not (isinstance(names, Sequence) and all(isinstance(n, str) for n in names)):
@@ -89,7 +89,7 @@ def check_number(name: str, value: Any) -> float:
         raise TypeError(f"`{name}` must be a number; got {value!r}") from None
 
 
-def check_epsilon(epsilon: Any, dtype: DTypeLike | None = None) -> float:
+def check_epsilon(epsilon: float, dtype: DTypeLike | None = None) -> float:
     """Return `epsilon` as a positive, finite Python float.
 
     With `dtype`, that of the statistics, it must be a normal number there: XLA reads
@@ -106,7 +106,7 @@ def check_epsilon(epsilon: Any, dtype: DTypeLike | None = None) -> float:
     return number
 
 
-def check_momentum(momentum: Any) -> float | jax.Array | None:
+def check_momentum(momentum: ArrayLike | None) -> float | jax.Array | None:
     """Return `momentum` as None, a traced scalar, or a float in [0, 1]."""
     if momentum is None:
         return None
@@ -120,7 +120,7 @@ def check_momentum(momentum: Any) -> float | jax.Array | None:
     return check_share("momentum", momentum)
 
 
-def check_share(name: str, share: Any) -> float:
+def check_share(name: str, share: ArrayLike) -> float:
     """Return `share` of the old value that is kept, as a Python float in [0, 1]."""
     number = check_number(name, share)
     if not 0 <= number <= 1:
@@ -131,7 +131,7 @@ def check_share(name: str, share: Any) -> float:
     return number
 
 
-def check_choice(name: str, value: Any, choices: Any) -> str:
+def check_choice(name: str, value: object, choices: Any) -> Any:
     """Return `value`, which must be one of the words of the Literal `choices`."""
     if not isinstance(value, str) or value not in get_args(choices):
         words = " or ".join(f'"{word}"' for word in get_args(choices))
@@ -139,7 +139,7 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
     return value
 
 
-def check_static_bool(name: str, value: Any) -> bool:
+def check_static_bool(name: str, value: object) -> bool:
     """Return `value`, a Python bool: it chooses the program, so it cannot be traced."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
@@ -224,7 +224,12 @@ def check_per_feature(
 
 
 def check_statistics(
-    name: str, mean: Any, var: Any, x: jax.Array, features: Features, x_name: str = "x"
+    name: str,
+    mean: ArrayLike | None,
+    var: ArrayLike | None,
+    x: jax.Array,
+    features: Features,
+    x_name: str = "x",
 ) -> tuple[jax.Array, jax.Array]:
     """Return mean and variance, neither of which may be None, as arrays that fit x."""
     mean = check_per_feature(f"{name}mean", mean, x, features, x_name)
@@ -258,7 +263,7 @@ def row_mask_hint(mask: jax.Array) -> str:
 
 
 def check_count(
-    shape: tuple[Any, ...],
+    shape: Sequence[int],
     features: Features,
     devices: int,
     where: str,
@@ -275,7 +280,7 @@ def check_count(
         )
 
 
-def check_num_features(num_features: Any) -> tuple[int, ...]:
+def check_num_features(num_features: int | Sequence[int]) -> tuple[int, ...]:
     """Return `num_features`, an int or a sequence of them, as a tuple."""
     many = isinstance(num_features, Sequence) and not isinstance(num_features, bytes)
     shape: tuple[Any, ...] = tuple(num_features) if many else (num_features,)

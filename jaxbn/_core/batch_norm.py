@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.export
@@ -14,7 +14,7 @@ from jaxbn import _axes, _checks
 from jaxbn._axes import Features
 from jaxbn._checks import Derivative
 from jaxbn._core import ghost, renorm
-from jaxbn._core.devices import check_devices
+from jaxbn._core.devices import AxisIndexGroups, AxisName, check_devices
 from jaxbn._core.kernel import Config, normalize_batch
 from jaxbn._core.moments import Moments, moments
 from jaxbn._core.normalize import affine, rstd_of
@@ -97,12 +97,12 @@ class Options:
     plain batch norm. `dtype` is that of y, that of x if None.
     """
 
-    epsilon: Any = 1e-5
+    epsilon: float = 1e-5
     averaging: Averaging = DEFAULT_AVERAGING
-    axis_name: Any = None
-    axis_index_groups: Any = None
-    derivative: Any = "vjp"
-    ghost_batch_size: Any = None
+    axis_name: AxisName = None
+    axis_index_groups: AxisIndexGroups = None
+    derivative: Derivative = "vjp"
+    ghost_batch_size: int | None = None
     limits: tuple[Limit, Limit] | None = None
     dtype: DTypeLike | None = None
 
@@ -136,9 +136,9 @@ def normalize_and_update(
             and leaves the state as it is. It is an error otherwise.
     """
     _checks.check_instance("params", params, Params, "a jaxbn.Params")
-    in_ghosts = options.ghost_batch_size is not None
-    if in_ghosts and train and updating:
-        ghost.check_ghosts(x, features, options.ghost_batch_size)
+    ghost_size = options.ghost_batch_size
+    if ghost_size is not None and train and updating:
+        ghost.check_ghosts(x, features, ghost_size)
     scale = _checks.check_per_feature("scale", params.scale, x, features)
     bias = _checks.check_per_feature("bias", params.bias, x, features)
     state = check_state(state, x, features)
@@ -158,7 +158,7 @@ def normalize_and_update(
         return affine(*args, dtype=options.dtype), None, state
     if updating:
         devices = check_devices(options.axis_name, options.axis_index_groups)
-        together = 1 if in_ghosts else devices.number
+        together = devices.number if ghost_size is None else 1
         try:
             _checks.check_count(x.shape, features, together, "training")
         except ValueError as error:
@@ -172,9 +172,8 @@ def normalize_and_update(
     if not updating:
         return *normalize_batch(config, x, scale, bias, mask), state
 
-    if in_ghosts:
-        size = options.ghost_batch_size
-        y, batches = ghost.normalize_ghosts(config, size, x, scale, bias, mask)
+    if ghost_size is not None:
+        y, batches = ghost.normalize_ghosts(config, ghost_size, x, scale, bias, mask)
         return y, None, ghost.update_in_turn(state, batches, averaging)
     if options.limits is not None:
         batch = moments(x, mask, features, config.devices).rounded

@@ -6,7 +6,7 @@ All differences between JAX versions are met in this file, and those between
 
 import dataclasses
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxbn._axes import Features, is_int
+
+# What users give; `check_devices` makes `Devices` of them.
+AxisName = Hashable | Sequence[Hashable] | None
+AxisIndexGroups = Sequence[Sequence[int]] | None
 
 Groups = tuple[tuple[int, ...], ...] | None
 
@@ -76,7 +80,7 @@ class Devices:
 ONE_DEVICE = Devices()
 
 
-def check_devices(axis_name: Any, groups: Any) -> Devices:
+def check_devices(axis_name: AxisName, groups: AxisIndexGroups) -> Devices:
     """Return the devices of bound, distinct names and of groups that fit them."""
     if axis_name is None:
         if groups is not None:
@@ -104,7 +108,7 @@ def _check_bound(name: Hashable) -> None:
         ) from None
 
 
-def _check_groups(groups: Any, size: int) -> Groups:
+def _check_groups(groups: AxisIndexGroups, size: int) -> Groups:
     if groups is None:
         return None
     try:
@@ -208,5 +212,5 @@ def cast_to_one_varying_set(
     return tuple(None if a is None else cast(a) for a in arrays)
 
 
-def _varying(array: jax.Array) -> frozenset[Any]:
+def _varying(array: jax.Array) -> frozenset[Hashable]:
     return jax.typeof(array).manual_axis_type.varying

@@ -1,7 +1,5 @@
 """The functions of the public interface that train: one set of options, spelled out."""
 
-from typing import Any
-
 import jax
 from jax.typing import ArrayLike
 
@@ -9,6 +7,7 @@ from jaxbn import _axes, _checks
 from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
 from jaxbn._core.batch_norm import Options, Params, normalize_and_update
+from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.ghost import check_size
 from jaxbn._core.renorm import Limit, ramp_d_max, ramp_r_max
 from jaxbn._core.running import Averaging, Momentum, State
@@ -24,8 +23,8 @@ def batch_norm(
     epsilon: float = 1e-5,
     axis: Axis = -1,
     mask: ArrayLike | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
     running_variance: RunningVariance = "biased",
     debias: bool = False,
     derivative: Derivative = "vjp",
@@ -109,8 +108,8 @@ def ghost_batch_norm(
     epsilon: float = 1e-5,
     axis: Axis = -1,
     mask: ArrayLike | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
     running_variance: RunningVariance = "biased",
     debias: bool = False,
     derivative: Derivative = "vjp",
@@ -196,8 +195,8 @@ def batch_renorm(
     epsilon: float = 1e-5,
     axis: Axis = -1,
     mask: ArrayLike | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
     running_variance: RunningVariance = "biased",
     debias: bool = False,
     derivative: Derivative = "vjp",
@@ -271,7 +270,13 @@ def batch_renorm(
 
 
 def _apply(
-    x: Any, params: Any, state: Any, mask: Any, axis: Axis, train: Any, options: Options
+    x: ArrayLike,
+    params: Params,
+    state: State,
+    mask: ArrayLike | None,
+    axis: Axis,
+    train: bool,
+    options: Options,
 ) -> tuple[jax.Array, State]:
     train = _checks.check_static_bool("train", train)
     x = _checks.check_x(x)

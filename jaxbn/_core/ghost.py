@@ -1,7 +1,6 @@
 """Ghost batches: small parts of a batch, each normalized by its own moments."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jaxbn._core.moments import Moments, from_rows, to_rows
 from jaxbn._core.running import Averaging, State, blend
 
 
-def check_ghosts(x: jax.Array, features: Features, size: Any) -> None:
+def check_ghosts(x: jax.Array, features: Features, size: int) -> None:
     """Refuse ghost batches of `size` rows that the batch does not consist of."""
     check_size(size)
     if 0 in features:
@@ -39,7 +38,7 @@ def check_ghosts(x: jax.Array, features: Features, size: Any) -> None:
     _checks.check_count((size, *x.shape[1:]), features, 1, "each ghost batch", hint)
 
 
-def check_size(size: Any) -> int:
+def check_size(size: int) -> int:
     """Return `size` as a Python int; in inference it need not divide the batch."""
     if not is_int(size):
         raise TypeError(f"`ghost_batch_size` must be an int; got {size!r}")

@@ -34,7 +34,13 @@ from jax.typing import ArrayLike
 
 from jaxbn import _axes, _checks
 from jaxbn._axes import Axis, Features, abs_squared, centered, zero_masked
-from jaxbn._core.devices import Devices, check_devices, num_shards
+from jaxbn._core.devices import (
+    AxisIndexGroups,
+    AxisName,
+    Devices,
+    check_devices,
+    num_shards,
+)
 from jaxbn._core.platforms import barrier_on_cpu
 
 
@@ -71,8 +77,8 @@ def batch_moments(
     *,
     axis: Axis = -1,
     mask: ArrayLike | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
 ) -> Moments:
     """Count, mean and biased variance per feature, over all other axes.
 

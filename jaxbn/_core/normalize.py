@@ -1,7 +1,5 @@
 """y = (x - mean) rstd scale + bias, with the moments given: plain JAX, no rule."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -65,7 +63,12 @@ def normalize(
 
 
 def check_arguments(
-    x: Any, scale: Any, bias: Any, mask: Any, epsilon: Any, axis: Axis
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    epsilon: float,
+    axis: Axis,
 ) -> tuple[
     jax.Array,
     jax.Array | None,

@@ -79,8 +79,8 @@ def update_state(
 class Averaging:
     """How the running statistics follow the batches; see `batch_norm`."""
 
-    momentum: Any = 0.9
-    running_variance: str = "biased"
+    momentum: Momentum = 0.9
+    running_variance: RunningVariance = "biased"
     debias: bool = False
 
     def checked(self) -> "Averaging":
@@ -98,18 +98,14 @@ class Averaging:
         """Whether the weights depend on the number of updates, one for all features."""
         return self.momentum is None or self.debias
 
-    def keep(self, num_updates: jax.Array) -> Any:
+    def keep(self, num_updates: jax.Array) -> jax.Array:
         """Return the weight of the old value after `num_updates`, a float array."""
-        momentum = self.momentum
-        if isinstance(momentum, jax.Array):
-            # Traced: in a lesser dtype, the two weights would not add up to 1.
-            momentum = momentum.astype(num_updates.dtype)
-        if not self.counts:
-            return momentum
         average = num_updates / (num_updates + 1)  # of all updates so far
-        if momentum is None:
+        if self.momentum is None:
             return average
-        return jnp.minimum(jnp.asarray(momentum, average.dtype), average)
+        # In a lesser dtype, the weights of a traced one would not add up to 1.
+        momentum = jnp.asarray(self.momentum, average.dtype)
+        return jnp.minimum(momentum, average) if self.debias else momentum
 
     def variance(self, batch: Moments) -> tuple[jax.Array, jax.Array]:
         """Return whether a batch counted enough for a variance, and that variance."""
@@ -137,12 +133,12 @@ def update(state: State, batch: Moments, averaging: Averaging) -> State:
 def blend(
     state: State,
     averaging: Averaging,
-    keep: Any,
-    take: Any,
+    keep: jax.Array,
+    take: ArrayLike,
     mean: jax.Array,
     var: jax.Array,
     took: jax.Array,
-    num_batches: Any = 1,
+    num_batches: ArrayLike = 1,
 ) -> State:
     """Return keep * state + take * (mean, var) where `took`, and where that is finite.
 
@@ -151,7 +147,7 @@ def blend(
     sharded, the count is one for all shards: a batch counts if any of them took it.
     """
     keep, mean, var, took = (
-        shard_as(a, state.mean) if jnp.ndim(a) else a for a in (keep, mean, var, took)
+        shard_as(a, state.mean) if a.ndim else a for a in (keep, mean, var, took)
     )
 
     def blended(old: jax.Array, new: jax.Array) -> jax.Array:

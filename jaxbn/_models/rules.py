@@ -1,7 +1,8 @@
 """Flax's rules on dtypes and masks, and the base of both modules `BatchNorm`."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +10,38 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _checks
-from jaxbn._axes import Features
+from jaxbn._axes import Axis, Features
+from jaxbn._checks import Derivative, RunningVariance
 from jaxbn._core.batch_norm import Options
-from jaxbn._core.renorm import check_limits
-from jaxbn._core.running import Averaging
+from jaxbn._core.devices import AxisIndexGroups, AxisName
+from jaxbn._core.renorm import Limit, check_limits
+from jaxbn._core.running import Averaging, Momentum
 
 
 class BatchNormBase:
     """The base of the modules `BatchNorm`, of which every option is an attribute."""
 
-    def _averaging(self: Any) -> Averaging:
+    if TYPE_CHECKING:
+        axis: Axis
+        momentum: Momentum
+        epsilon: float
+        dtype: DTypeLike | None
+        axis_name: AxisName
+        axis_index_groups: AxisIndexGroups
+        running_variance: RunningVariance
+        debias: bool
+        derivative: Derivative
+        ghost_batch_size: int | None
+
+    def _averaging(self) -> Averaging:
         debias = _checks.check_static_bool("debias", self.debias)
         return Averaging(self.momentum, self.running_variance, debias)
 
-    def _keeps_count(self: Any) -> bool:
+    def _keeps_count(self) -> bool:
         """Whether the module has the variable `num_updates`."""
         return self._averaging().counts
 
-    def _options(self: Any, dtype: DTypeLike) -> Options:
+    def _options(self, dtype: DTypeLike) -> Options:
         """Return the options of the functional API, for a y of `dtype`."""
         return Options(
             self.epsilon,
@@ -42,10 +57,14 @@ class BatchNormBase:
 class BatchRenormBase(BatchNormBase):
     """The base of the modules `BatchRenorm`, with their two limits."""
 
-    def _keeps_count(self: Any) -> bool:
+    if TYPE_CHECKING:
+        r_max: Limit
+        d_max: Limit
+
+    def _keeps_count(self) -> bool:
         return True
 
-    def _options(self: Any, dtype: DTypeLike) -> Options:
+    def _options(self, dtype: DTypeLike) -> Options:
         if self.ghost_batch_size is not None:
             raise ValueError(
                 "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
@@ -55,7 +74,7 @@ class BatchRenormBase(BatchNormBase):
         return dataclasses.replace(options, limits=(self.r_max, self.d_max))
 
 
-def check_limit_fields(r_max: Any, d_max: Any) -> None:
+def check_limit_fields(r_max: Limit, d_max: Limit) -> None:
     """Refuse limits of batch renorm that a module cannot keep as an attribute.
 
     An array cannot be hashed, as nn.jit needs it, and NNX would put it into the state.
@@ -70,7 +89,10 @@ def check_limit_fields(r_max: Any, d_max: Any) -> None:
 
 
 def as_input(
-    norm: Any, x: jax.Array, mask: ArrayLike | None, param_dtypes: list[Any]
+    norm: BatchNormBase,
+    x: jax.Array,
+    mask: ArrayLike | None,
+    param_dtypes: Sequence[DTypeLike],
 ) -> tuple[jax.Array, jax.Array | None, Features, jnp.dtype]:
     """Return x and mask for the functional API, the feature axes, and y's dtype."""
     dtype = result_dtype(norm.dtype, x, param_dtypes)
@@ -80,7 +102,7 @@ def as_input(
 
 
 def result_dtype(
-    dtype: DTypeLike | None, x: jax.Array, param_dtypes: list[Any]
+    dtype: DTypeLike | None, x: jax.Array, param_dtypes: Sequence[DTypeLike]
 ) -> jnp.dtype:
     """Return y's dtype: the one asked for, else that of x and parameters together."""
     for param_dtype in param_dtypes:

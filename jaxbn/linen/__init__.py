@@ -13,6 +13,10 @@ __all__ = [
     "weight_decay_mask",
 ]
 
+# So that pickles name what is public, and outlive a move of the files.
+for _class in (BatchNorm, BatchRenorm):
+    _class.__module__ = __name__
+
 
 def __dir__() -> list[str]:
     return __all__

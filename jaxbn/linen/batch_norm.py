@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
-from jax.typing import ArrayLike
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
+from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
 from jaxbn._core.batch_norm import Params, normalize_and_update
+from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.moments import Moments, merge_moments
-from jaxbn._core.renorm import ramp_d_max, ramp_r_max
-from jaxbn._core.running import State, new_state
+from jaxbn._core.renorm import Limit, ramp_d_max, ramp_r_max
+from jaxbn._core.running import Momentum, State, new_state
 from jaxbn._models.measure import empty_moments
 from jaxbn._models.rules import (
     BatchNormBase,
@@ -81,17 +84,17 @@ class BatchNorm(BatchNormBase, nn.Module):
     """
 
     use_running_average: bool | None = None
-    axis: Any = -1
-    momentum: Any = 0.99
+    axis: Axis = -1
+    momentum: Momentum = 0.99
     epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
     use_bias: bool = True
     use_scale: bool = True
-    bias_init: Any = initializers.zeros
-    scale_init: Any = initializers.ones
-    axis_name: Any = None
-    axis_index_groups: Any = None
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: AxisName = None
+    axis_index_groups: AxisIndexGroups = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     running_variance: RunningVariance = "biased"
@@ -195,8 +198,8 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
     Source: Ioffe, "Batch Renormalization", 2017.
     """
 
-    r_max: Any = ramp_r_max
-    d_max: Any = ramp_d_max
+    r_max: Limit = ramp_r_max
+    d_max: Limit = ramp_d_max
 
     def __post_init__(self) -> None:
         check_limit_fields(self.r_max, self.d_max)
