@@ -25,11 +25,10 @@ QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.
 OPTIMIZED = {
     "batch_norm",
+    "kernel",
     "moments",
-    "normalize",
     "numerics",
     "peer_vectors",
-    "rounding",
 }
 
 

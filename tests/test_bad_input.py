@@ -361,14 +361,30 @@ DTYPE = [
 LIMIT = [
     *NO_ARRAY,
     *NONE,
-    (f32(3), ValueError, r"must broadcast to the features \(5,\); got \(3,\)"),
     (lambda n: f32(3), ValueError, r"must broadcast to the features \(5,\)"),
     (lambda n: None, TypeError, "must be an array of numbers; got NoneType"),
     (1j, TypeError, "must be real numbers; got dtype complex"),
     (True, TypeError, "must be real numbers; got dtype bool"),
+]
+LIMIT_OF_FUNCTION = [
+    *LIMIT,
+    (f32(3), ValueError, r"must broadcast to the features \(5,\); got \(3,\)"),
     (Traced(True), TypeError, "must be real numbers; got dtype bool"),
     (Traced(f32(3)), ValueError, r"must broadcast to the features \(5,\)"),
 ]
+LIMIT_OF_MODULE = [
+    *LIMIT,
+    *(
+        (bad, TypeError, "must be a Python number or a schedule in a module; got an")
+        for bad in (f32(5), jnp.ones(5), f32(), Traced(2.0))
+    ),
+]
+LARGE_ENOUGH = {
+    "r_max": [
+        (bad, ValueError, "`r_max` must be at least 1") for bad in (0.5, -1, NAN)
+    ],
+    "d_max": [(bad, ValueError, "`d_max` must be at least 0") for bad in (-0.1, NAN)],
+}
 GHOSTS = [
     *((bad, TypeError, "must be an int; got") for bad in (WORD, 2.0, True, [2], NAN)),
     *((bad, TypeError, "must be an int; got") for bad in (Traced(2), f32(5))),
@@ -473,14 +489,13 @@ ROWS = {
     "debias": static_bool("debias"),
     "derivative": choice("derivative", "vjp", "jvp"),
     "ghost_batch_size": named("ghost_batch_size", GHOSTS),
-    "r_max": [
-        *named("r_max", LIMIT),
-        *((bad, ValueError, "`r_max` must be at least 1") for bad in (0.5, -1, NAN)),
-    ],
-    "d_max": [
-        *named("d_max", LIMIT),
-        *((bad, ValueError, "`d_max` must be at least 0") for bad in (-0.1, NAN)),
-    ],
+    "r_max": named("r_max", LIMIT_OF_FUNCTION) + LARGE_ENOUGH["r_max"],
+    "d_max": named("d_max", LIMIT_OF_FUNCTION) + LARGE_ENOUGH["d_max"],
+    **{
+        f"{flax}.BatchRenorm.{name}": named(name, LIMIT_OF_MODULE) + more
+        for flax in ("linen", "nnx")
+        for name, more in LARGE_ENOUGH.items()
+    },
     "update_state.moments": [
         *wrong_moments("moments"),
         (Moments(4, f32(1), f32(1)), ValueError, r"`state.mean` .*\(1,\); got \(5,\)"),
@@ -893,7 +908,7 @@ CALLED = {
     short(name): thing
     for name, thing in PUBLIC.items()
     if not (isinstance(thing, type) and issubclass(thing, tuple))
-    and not name.endswith("LayerStatistics")  # comes out, like the tuples
+    and not name.endswith(("LayerStatistics", "Cache"))  # come out, like the tuples
 }
 
 

@@ -44,7 +44,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import Params, State, _moments
+from jaxbn import Params, State
+from jaxbn._core.moments import _part
 
 QUICK, LONG = 4, 800
 
@@ -241,7 +242,7 @@ def run(example, drawn, function=jaxbn.batch_norm):
 def share(shape, axis):
     """Of the elements, that of the part whose mean is the head."""
     reduced = tuple(set(range(len(shape))) - {i % len(shape) for i in axis})
-    part, _ = _moments._part(jnp.zeros(shape), tuple(sorted(reduced)))
+    part, _ = _part(jnp.zeros(shape), tuple(sorted(reduced)))
     return part.size / np.prod(shape)
 
 

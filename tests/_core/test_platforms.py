@@ -1,4 +1,4 @@
-"""Barriers on the CPU and nowhere else, and nothing of a type lost on the way."""
+"""The primitives whose lowering differs between platforms: barrier and pair of sums."""
 
 import functools
 
@@ -10,7 +10,9 @@ import pytest
 from devices import mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxbn._core.platforms import barrier_on_cpu
+from jaxbn._core.platforms import _sum_as_complex, barrier_on_cpu, pair_sum
+
+# Barriers
 
 X = jnp.arange(6.0).reshape(2, 3)
 WEIGHT = X - 2
@@ -21,21 +23,21 @@ def twice(x):
     return x * mean[None]
 
 
-PLATFORMS = {"cpu": 1, "tpu": 0, "cuda": 0}
+BARRIERS = {"cpu": 1, "tpu": 0, "cuda": 0}
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_platforms(platform):
+@pytest.mark.parametrize("platform", BARRIERS)
+def test_a_barrier_is_for_the_cpu(platform):
     module = jax.export.export(jax.jit(twice), platforms=[platform])(X).mlir_module()
-    assert module.count("stablehlo.optimization_barrier") == PLATFORMS[platform]
+    assert module.count("stablehlo.optimization_barrier") == BARRIERS[platform]
 
 
-def test_one_program_for_several_platforms():
+def test_a_barrier_in_one_program_for_several_platforms():
     exported = jax.export.export(jax.jit(twice), platforms=["cpu", "tpu"])(X)
     np.testing.assert_array_equal(exported.call(X), X * X.mean(0)[None])
 
 
-def plain(x):
+def twice_without_barrier(x):
     return x * x.mean(0)[None]
 
 
@@ -56,12 +58,12 @@ def loss(function, x):
     ],
     ids=["eager", "jit", "vmap", "checkpoint", "jvp", "grad", "hessian"],
 )
-def test_transformations(transform):
-    got, wanted = transform(twice)(X), transform(plain)(X)
+def test_transformations_of_a_barrier(transform):
+    got, wanted = transform(twice)(X), transform(twice_without_barrier)(X)
     jax.tree.map(np.testing.assert_allclose, got, wanted)
 
 
-def test_types_under_spmd_axis_name():
+def test_a_barrier_keeps_types_under_spmd_axis_name():
     """What `lax.platform_dependent` loses: that a vmap's rows lie over "model"."""
 
     def body(x):
@@ -84,3 +86,59 @@ def test_types_under_spmd_axis_name():
     np.testing.assert_allclose(
         jax.jit(jax.grad(lambda x: (models(x) ** 2).sum()))(x), 2.5 * sums
     )
+
+
+# Pairs of sums
+
+PAIR = jnp.arange(24.0).reshape(2, 3, 4)
+PAIR_WEIGHT = PAIR - 2
+
+
+def sums(x):
+    return jnp.stack(pair_sum(x, x * PAIR_WEIGHT, (0, 1)))
+
+
+def plain_sums(x):
+    return jnp.stack([x.sum((0, 1)), (x * PAIR_WEIGHT).sum((0, 1))])
+
+
+@pytest.mark.parametrize(("platform", "count"), {"cpu": 2, "cuda": 1, "tpu": 2}.items())
+def test_two_sums_are_one_on_a_gpu(platform, count):
+    module = jax.export.export(jax.jit(sums), platforms=[platform])(PAIR).mlir_module()
+    assert module.count("stablehlo.reduce(") == count
+    assert ("stablehlo.complex" in module) == (count == 1)
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan, 3e38])
+def test_one_sum_leaves_the_other_alone(bad):
+    """What a GPU runs, on the CPU: no number in one part, or an overflow."""
+    a, b = jnp.full((9, 1), bad), jnp.arange(9.0)[:, None]
+    got = jax.jit(functools.partial(_sum_as_complex, axes=(0,)))(a, b)
+    np.testing.assert_array_equal(got, [a.sum(0), b.sum(0)])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: f,
+        jax.jit,
+        lambda f: lambda x: jax.vmap(f)(x[None]),
+        lambda f: lambda x: jax.vmap(f, 2, 1)(x[..., None, :]),
+        lambda f: jax.jit(jax.checkpoint(f)),
+        lambda f: lambda x: jax.jvp(f, (x,), (PAIR_WEIGHT,)),
+        lambda f: jax.grad(lambda x: (f(x) ** 3).sum()),
+        lambda f: jax.hessian(lambda x: (f(x) ** 3).sum()),
+    ],
+    ids=["eager", "jit", "vmap", "vmap 2", "checkpoint", "jvp", "grad", "hessian"],
+)
+def test_transformations_of_a_pair_sum(transform):
+    got, wanted = transform(sums)(PAIR), transform(plain_sums)(PAIR)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, wanted)
+
+
+def test_vmap_of_one_operand_of_a_pair_sum():
+    rows = jnp.stack([PAIR, 2 * PAIR])
+    for in_axes, args in (((0, None), (rows, PAIR)), ((None, 0), (PAIR, rows))):
+        got = jax.vmap(lambda a, b: pair_sum(a, b, (0, 1)), in_axes)(*args)
+        wanted = [np.broadcast_to(a.sum((-3, -2)), (2, 4)) for a in args]
+        np.testing.assert_allclose(got, wanted)

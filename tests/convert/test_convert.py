@@ -1,8 +1,8 @@
 """convert: other people's weights give the same outputs, and train on alike.
 
 tests/data/torch_convnet.npz records one training in PyTorch, so that no PyTorch is
-needed here. `python tests/test_convert.py` writes it anew, and a test of the peers
-compares it with what PyTorch does today.
+needed here. `PYTHONPATH=tests python tests/convert/test_convert.py` writes it anew, and
+a test of the peers compares it with what PyTorch does today.
 """
 
 import os
@@ -24,7 +24,7 @@ import jaxbn
 from jaxbn import Params, State, convert
 from jaxbn.linen import BatchNorm
 
-RECORDING = pathlib.Path(__file__).parent / "data" / "torch_convnet.npz"
+RECORDING = pathlib.Path(__file__).parents[1] / "data" / "torch_convnet.npz"
 FEATURES = 5
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 BEFORE, AFTER = 30, 50  # steps until the weights are handed over, and from there on

@@ -3,40 +3,16 @@
 import functools
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from checkpoints import MessagePack, Orbax, assert_identical, draw
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxbn
 from jaxbn.linen import BatchNorm, BatchRenorm
-
-
-class Orbax:
-    @staticmethod
-    def save(path, tree):
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, tree)
-
-    @staticmethod
-    def restore(path, target=None):
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, target)
-
-
-class MessagePack:
-    @staticmethod
-    def save(path, tree):
-        path.write_bytes(flax.serialization.to_bytes(tree))
-
-    @staticmethod
-    def restore(path, target=None):
-        return flax.serialization.from_bytes(target, path.read_bytes())
-
 
 both_formats = pytest.mark.parametrize("format_", [Orbax, MessagePack])
 
@@ -64,10 +40,6 @@ class Net(nn.Module):
         )
         x, _ = scan(norm(name="stack"), x, None)
         return norm(use_bias=False, name="head")(nn.Dense(3)(x.reshape(len(x), -1)))
-
-
-def draw(seed, shape=(8, 5, 3)):
-    return np.random.default_rng(seed).normal(1, 2, shape).astype(np.float32)
 
 
 def ours(norm=BatchNorm, **options):
@@ -127,15 +99,6 @@ def infer(net, variables):
 
 def shapes_of(tree):
     return jax.eval_shape(lambda: tree)
-
-
-def assert_identical(actual, desired):
-    def same(path, a, b):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree_util.tree_map_with_path(same, actual, desired)
 
 
 @both_formats

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import MessagePack, Orbax, assert_identical, draw
 from flax import nnx
-from test_checkpoints import MessagePack, Orbax, assert_identical, draw
 
 from jaxbn.nnx import BatchNorm, BatchRenorm
 

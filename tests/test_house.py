@@ -1,0 +1,60 @@
+"""The house: who imports whom, how deep, and how long the files are; without cli."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+import jaxbn
+
+ROOT = Path(jaxbn.__file__).parent
+FILES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path
+    for path in ROOT.rglob("*.py")
+    if "cli" not in path.parts and path.name != "__main__.py"
+}
+FILES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+modules = pytest.mark.parametrize("module", FILES)
+
+
+@functools.cache
+def imports(module):
+    """Full names of what a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor(module, above=()):
+    """1 for what imports nothing of ours, else one more than what it imports."""
+    assert module not in above, f"imports upwards: {' -> '.join((*above, module))}"
+    names = imports(module) | {name.rpartition(".")[0] for name in imports(module)}
+    below = names & set(FILES)
+    # `from jaxbn import _axes` needs that file alone, not what jaxbn itself imports.
+    below -= {"jaxbn"} | {name.rpartition(".")[0] for name in below}
+    return 1 + max((floor(name, (*above, module)) for name in below), default=0)
+
+
+def test_imports_point_downwards_over_nine_floors_at_most():
+    assert max(map(floor, FILES)) <= 9
+
+
+@modules
+def test_what_differs_between_versions_and_platforms_has_its_place(module):
+    inner = ("jax.extend", "jax.interpreters")
+    assert not [name for name in imports(module) if name.startswith("jax._src")]
+    if module != "jaxbn._core.platforms":
+        assert not [name for name in imports(module) if name.startswith(inner)]
+    if module.startswith("jaxbn._models"):
+        assert not [n for n in imports(module) if n.startswith("flax.")]
+
+
+@modules
+def test_no_file_is_long(module):
+    assert len(FILES[module].read_text().splitlines()) <= 380
