@@ -282,8 +282,9 @@ def check_count(
 
 def check_num_features(num_features: int | Sequence[int]) -> tuple[int, ...]:
     """Return `num_features`, an int or a sequence of them, as a tuple."""
-    many = isinstance(num_features, Sequence) and not isinstance(num_features, bytes)
-    shape: tuple[Any, ...] = tuple(num_features) if many else (num_features,)
+    shape: tuple[Any, ...] = (num_features,)
+    if isinstance(num_features, Sequence) and not isinstance(num_features, bytes):
+        shape = tuple(num_features)
     if not all(map(is_int, shape)) or isinstance(num_features, str):
         raise TypeError(
             f"`num_features` must be an int or a tuple of ints; got {num_features!r}"

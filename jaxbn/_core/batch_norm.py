@@ -138,6 +138,11 @@ def normalize_and_update(
     _checks.check_instance("params", params, Params, "a jaxbn.Params")
     ghost_size = options.ghost_batch_size
     if ghost_size is not None and train and updating:
+        if options.limits is not None:
+            raise ValueError(
+                "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
+                f"those of the whole batch; got {ghost_size}"
+            )
         ghost.check_ghosts(x, features, ghost_size)
     scale = _checks.check_per_feature("scale", params.scale, x, features)
     bias = _checks.check_per_feature("bias", params.bias, x, features)

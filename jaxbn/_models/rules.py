@@ -65,11 +65,6 @@ class BatchRenormBase(BatchNormBase):
         return True
 
     def _options(self, dtype: DTypeLike) -> Options:
-        if self.ghost_batch_size is not None:
-            raise ValueError(
-                "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
-                f"those of the whole batch; got {self.ghost_batch_size}"
-            )
         options = super()._options(dtype)
         return dataclasses.replace(options, limits=(self.r_max, self.d_max))
 
