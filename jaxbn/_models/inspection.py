@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbn._core.moments import Moments
-from jaxbn._models.measure import Adapter, Measurement, Path
+from jaxbn._models.measure import Adapter, Kwargs, Measurement, Path, PyTree
 from jaxbn.convert.arrays import to_numbers
 
 # An index into the layer's `mean`: `(5,)`, or longer in a stack (nn.scan) of layers.
@@ -141,9 +141,9 @@ class Layer(NamedTuple):
 def inspected(
     layers: Mapping[Path, Layer],
     adapter: Adapter | None,
-    variables: Any,
-    batches: Iterable[Any] | None,
-    kwargs: Mapping[str, Any],
+    variables: PyTree,
+    batches: Iterable[PyTree] | None,
+    kwargs: Kwargs,
 ) -> list[LayerStatistics]:
     """Return the records of `layers`, the largest mean divergence first.
 

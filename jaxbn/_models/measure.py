@@ -19,6 +19,10 @@ from jaxbn._core.moments import Moments, merge_moments, moments
 
 # Of a batch norm in its model.
 Path = tuple[Any, ...]
+# Of arrays: the variables of a model, or a batch.
+PyTree = Any
+# Further arguments of a model.
+Kwargs = Mapping[str, Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,14 +80,14 @@ class Adapter(Protocol):
     def call(
         definition: Any,
         recording: Recording,
-        variables: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        variables: PyTree,
+        args: tuple[PyTree, ...],
+        kwargs: Kwargs,
     ) -> dict[Path, Moments]:
         """Call the model, and return what was recorded, by path."""
         ...
 
-    def replace(self, variables: Any, new: dict[Path, Moments]) -> Any:
+    def replace(self, variables: PyTree, new: dict[Path, Moments]) -> PyTree:
         """Return `variables` with the running statistics of the layers in `new`."""
         ...
 
@@ -95,7 +99,7 @@ class Measurement:
         depths: How many layers each path stands for, in call order; after one pass.
     """
 
-    def __init__(self, adapter: Adapter, kwargs: Mapping[str, Any], *, sequential: Any):
+    def __init__(self, adapter: Adapter, kwargs: Kwargs, *, sequential: bool):
         """Choose the compiled pass.
 
         Args:
@@ -111,7 +115,7 @@ class Measurement:
         self._pass = _compiled_pass(adapter, self.sequential, static)
 
     def measure(
-        self, variables: Any, batches: Iterable[Any], progress: bool = False
+        self, variables: PyTree, batches: Iterable[PyTree], progress: bool = False
     ) -> dict[Path, Moments]:
         """Return the moments of all batches together, by path."""
         _checks.check_iterable("batches", batches, "batches")
@@ -133,13 +137,13 @@ class Measurement:
 
 def recalibrated(
     adapter: Adapter,
-    variables: Any,
-    batches: Iterable[Any],
-    kwargs: Mapping[str, Any],
+    variables: PyTree,
+    batches: Iterable[PyTree],
+    kwargs: Kwargs,
     *,
     sequential: bool,
     progress: bool,
-) -> Any:
+) -> PyTree:
     """Return `variables` with the statistics of `batches`.
 
     `sequential` takes one pass for each layer, in call order, in which layers normalize
@@ -163,7 +167,9 @@ def recalibrated(
     return variables
 
 
-def statistics(new: Moments, mean: Any, var: Any) -> tuple[jax.Array, jax.Array]:
+def statistics(
+    new: Moments, mean: jax.Array, var: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return the new mean and variance; the old ones where none finite was counted."""
     usable = (new.num_elements > 0) & jnp.isfinite(new.mean) & jnp.isfinite(new.var)
     return (
@@ -195,7 +201,7 @@ _PLAIN = (int, float, complex, str, type, np.dtype, np.generic)
 
 
 def _compiled_pass(
-    adapter: Adapter, sequential: bool, static: dict[str, Any]
+    adapter: Adapter, sequential: bool, static: Kwargs
 ) -> Callable[..., list[_Layer]]:
     """Return the jitted `_record`, the same one as long as the model lives.
 
@@ -211,7 +217,7 @@ def _compiled_pass(
     return new
 
 
-def _holds_only(tree: Any, types: tuple[type, ...]) -> bool:
+def _holds_only(tree: PyTree, types: tuple[type, ...]) -> bool:
     return all(isinstance(leaf, types) for leaf in jax.tree.leaves(tree))
 
 
@@ -219,10 +225,10 @@ def _record(
     call: Callable[..., dict[Path, Moments]],
     definition: Any,
     sequential: bool,
-    static: dict[str, Any],
-    traced: dict[str, Any],
-    variables: Any,
-    batch: Any,
+    static: Kwargs,
+    traced: Kwargs,
+    variables: PyTree,
+    batch: PyTree,
 ) -> list[_Layer]:
     """Return what each batch norm is given by this batch, in call order."""
     recording = Recording(use_running_average=sequential)
@@ -244,7 +250,7 @@ def _merge(a: list[Moments], b: list[Moments]) -> list[Moments]:
     return [merge_moments(*pair) for pair in zip(a, b, strict=True)]
 
 
-def _with_progress_bar(batches: Iterable[Any]) -> Iterable[Any]:
+def _with_progress_bar(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     from rich.progress import track  # in the extra `demo`
 
     return track(batches, description="recalibrating")

@@ -13,17 +13,26 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxbn import _checks
 from jaxbn._core.moments import Moments
 from jaxbn._models.inspection import EPSILON, Layer, LayerStatistics, inspected
-from jaxbn._models.measure import Path, Recording, recalibrated, statistics
+from jaxbn._models.measure import (
+    Kwargs,
+    Path,
+    PyTree,
+    Recording,
+    recalibrated,
+    statistics,
+)
 from jaxbn._models.rules import BatchNormBase
 from jaxbn.linen.recording import RECORDED, activate
+
+Variables = Mapping[str, Any]
 
 _CALLS = itertools.count()
 
 
 def recalibrate(
-    model: Any,
-    variables: Mapping[str, Any],
-    batches: Iterable[Any],
+    model: nn.Module,
+    variables: Variables,
+    batches: Iterable[PyTree],
     *,
     sequential: bool = False,
     progress: bool = False,
@@ -97,9 +106,9 @@ def recalibrate(
 
 
 def inspect_statistics(
-    variables: Mapping[str, Any],
-    model: Any = None,
-    batches: Iterable[Any] | None = None,
+    variables: Variables,
+    model: nn.Module | None = None,
+    batches: Iterable[PyTree] | None = None,
     *,
     epsilon: float = EPSILON,
     **apply_kwargs: Any,
@@ -230,9 +239,9 @@ class LinenModel:
     def call(
         definition: nn.Module,
         recording: Recording,
-        variables: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        variables: PyTree,
+        args: tuple[PyTree, ...],
+        kwargs: Kwargs,
     ) -> dict[Path, Moments]:
         """Call the model, and return what was recorded, by path."""
         with activate(recording):
@@ -245,7 +254,7 @@ class LinenModel:
             for path, _ in recording.called
         }
 
-    def replace(self, variables: Any, new: dict[Path, Moments]) -> dict[str, Any]:
+    def replace(self, variables: PyTree, new: dict[Path, Moments]) -> dict[str, Any]:
         """Return `variables` with the running statistics of the layers in `new`."""
         flat: dict[Any, Any] = dict(flatten_dict(variables["batch_stats"]))
         for path, moments in new.items():
@@ -256,7 +265,7 @@ class LinenModel:
         return variables | {"batch_stats": unflatten_dict(flat)}
 
 
-def check_module(model: Any) -> None:
+def check_module(model: object) -> None:
     """Refuse what is not a Linen module."""
     hint = "for NNX there is jaxbn.nnx"
     _checks.check_instance("model", model, nn.Module, "a flax.linen.Module", hint)
@@ -271,7 +280,7 @@ def all_but(*collections: str) -> DenyList:
     return DenyList((*collections, f"jaxbn_{next(_CALLS)}"))
 
 
-def _flat(variables: Mapping[str, Any], name: str) -> dict[Any, Any]:
+def _flat(variables: Variables, name: str) -> dict[Any, Any]:
     tree = variables.get(name, {})
     _checks.check_instance(
         f"variables[{name!r}]", tree, (dict, FrozenDict), "a dictionary"

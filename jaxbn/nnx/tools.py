@@ -8,14 +8,21 @@ from flax import nnx
 from jaxbn import _checks
 from jaxbn._core.moments import Moments
 from jaxbn._models.inspection import Layer, LayerStatistics, inspected
-from jaxbn._models.measure import Path, Recording, recalibrated, statistics
+from jaxbn._models.measure import (
+    Kwargs,
+    Path,
+    PyTree,
+    Recording,
+    recalibrated,
+    statistics,
+)
 from jaxbn._models.rules import BatchNormBase
 from jaxbn.nnx.recording import Recorded
 
 
 def recalibrate(
     model: nnx.Module,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     sequential: bool = False,
     progress: bool = False,
@@ -71,7 +78,7 @@ def recalibrate(
 
 
 def inspect_statistics(
-    model: nnx.Module, batches: Iterable[Any] | None = None, **call_kwargs: Any
+    model: nnx.Module, batches: Iterable[PyTree] | None = None, **call_kwargs: Any
 ) -> list[LayerStatistics]:
     """Examine every batch norm of an NNX model; data tells which one is spoiled.
 
@@ -169,11 +176,11 @@ class NnxModel:
 
     @staticmethod
     def call(
-        definition: Any,
+        definition: nnx.GraphDef[Any],
         recording: Recording,
-        variables: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        variables: PyTree,
+        args: tuple[PyTree, ...],
+        kwargs: Kwargs,
     ) -> dict[Path, Moments]:
         """Call a copy of the model, and return what was recorded, by path."""
         model: Any = nnx.merge(definition, variables)
@@ -183,7 +190,7 @@ class NnxModel:
         model(*args, **kwargs)
         return {path: norms[path].recorded.moments for path, _ in recording.called}
 
-    def replace(self, variables: Any, new: dict[Path, Moments]) -> Any:
+    def replace(self, variables: PyTree, new: dict[Path, Moments]) -> PyTree:
         """Return `variables` with the running statistics of the layers in `new`."""
         model = nnx.merge(self.definition, variables, copy=True)
         norms = batch_norms(model)
@@ -195,7 +202,7 @@ class NnxModel:
         return nnx.state(model)
 
 
-def check_module(model: Any) -> None:
+def check_module(model: object) -> None:
     """Refuse what is not an NNX module."""
     hint = "for Linen there is jaxbn.linen"
     _checks.check_instance("model", model, nnx.Module, "a flax.nnx.Module", hint)
