@@ -1,65 +1,72 @@
-"""A batch norm of inference folded into the linear layer beside it.
+"""A batch norm of inference folded into the linear layer before or after it.
 
-In inference a batch norm is x -> a x + c with a = scale rstd and c = bias - a mean, so
-that with a linear layer of kernel W and bias b
+In inference a batch norm is x -> a x + c with a = scale rstd and c = bias - a mean.
+Beside a linear layer with kernel W and bias b it gives another linear layer:
 
     after the layer    a (W x + b) + c = (a W) x + (a b + c)
     before the layer   W (a x + c) + b = (W a) x + (W c + b)
 
-All of these are `normalize` on something else than data: a W is that of W with mean 0
-and no bias, a b + c that of b, and c that of 0.
+`normalize` computes all of these: a b + c from b, c from 0, and a W from W, with mean 0
+and no bias.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from jaxbn import _axes, _checks
+from jaxbn._axes import Axis, Features, accumulation_dtype, expand, feature_axes, is_int
+from jaxbn._checks import check_array, check_instance
 from jaxbn._core.batch_norm import Params
 from jaxbn._core.normalize import normalize
 from jaxbn._core.running import State
 
+Padding = str | int | Sequence[int | Sequence[int]] | None
+
+# The batch norm's mean, var, scale and bias, in the order of `normalize`.
+Norm = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+
 
 def fold(
-    kernel: Any,
-    bias: Any,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     params: Params,
     state: State,
     *,
     epsilon: float = 1e-5,
-    features_axis: _axes.Axis = -1,
+    features_axis: Axis = -1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of one layer that does what a layer and a batch norm after it do.
+    """Return kernel and bias of one layer equal to a layer and a batch norm after it.
 
-    Equivalent to `torch.nn.utils.fuse_conv_bn_weights`, except for the layout: Flax's
-    Dense, DenseGeneral, Conv, ConvTranspose, with any rank, stride, padding, dilation
-    and groups. Nothing may stand between the two, and nothing but the batch norm may
-    use what the layer returns. Stacked layers: `jax.vmap(fold)`.
+    Equivalent to `torch.nn.utils.fuse_conv_bn_weights`, but for the layout of Flax's
+    Dense, DenseGeneral, Conv and ConvTranspose, with any rank, stride, padding,
+    dilation and groups. Nothing may stand between layer and batch norm, and nothing
+    else may use the layer's output. For stacked layers, use `jax.vmap(fold)`.
 
     Args:
-        kernel: Of the layer, `(..., features)`.
-        bias: Of the layer, `(features,)`, or None. Where it has more axes than the
-            batch norm (DenseGeneral), `features_axis` counts from its end, too.
+        kernel: The layer's kernel, `(..., features)`.
+        bias: The layer's bias, `(features,)`, or None. If it has more axes than the
+            batch norm (DenseGeneral), `features_axis` counts from its end too.
         params: Scale and bias of the batch norm, each `(features,)` or None.
         state: Running statistics.
-        epsilon: That of the batch norm.
+        epsilon: The batch norm's epsilon.
         features_axis: The kernel's axis or axes that hold the batch norm's features:
-            -1, but -2 for a ConvTranspose with `transpose_kernel=True`. Where both axes
-            have the same size, no shape tells a mistake.
+            -1, but -2 for a ConvTranspose with `transpose_kernel=True`. If both axes
+            have the same size, a mistake here cannot be detected.
 
     Returns:
-        The new kernel and bias, in the dtypes of the old; where there was no bias, in
-        that of the kernel; the bias is complex where the batch norm is. The arithmetic
-        is in float32 at least, and each result is rounded once.
+        The new kernel and bias in the dtypes of the old ones. A new bias has the
+        kernel's dtype if the layer had none, and is complex if the batch norm is. The
+        arithmetic is in float32 at least, and each result is rounded once.
 
     Raises:
         ValueError: A shape does not fit the kernel, `features_axis` is no axis of it,
             or `epsilon` is not positive.
-        TypeError: `params` or `state` is of another class, or a dtype does not fit.
+        TypeError: `params` or `state` has another class, or a dtype does not fit.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -71,11 +78,12 @@ def fold(
         >>> print(y.round(3), (x @ kernel + bias).round(3))
         [2. 1.] [2. 1.]
     """
-    kernel, features = check_kernel(kernel, features_axis)
-    norm = check_norm(params, state, kernel, features)
-    mean, _, _, c = norm
+    kernel = check_array("kernel", kernel)
+    features = feature_axes(features_axis, kernel.ndim, "features_axis", "`kernel`")
+    norm = _check_norm(params, state, kernel, features)
+    mean, var, scale, c = norm
     bias = jnp.zeros_like(mean, kernel.dtype) if bias is None else bias
-    bias = complex_where(_checks.check_array("bias", bias), mean, c)
+    bias = _check_bias(bias, mean, c)
     axes = tuple(i - kernel.ndim for i in features)
     if bias.ndim == len(axes):
         axes = tuple(range(-bias.ndim, 0))
@@ -85,48 +93,52 @@ def fold(
             f"for `kernel` with shape {kernel.shape}; got {bias.shape}"
         )
     bias = normalize(bias, *norm, epsilon=epsilon, axis=axes)
-    return scaled(kernel, norm, epsilon, features), bias
+    zeros = jnp.zeros_like(var)
+    return normalize(kernel, zeros, var, scale, epsilon=epsilon, axis=features), bias
 
 
 def fold_before(
     params: Params,
     state: State,
-    kernel: Any,
-    bias: Any,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     *,
     epsilon: float = 1e-5,
-    features_axis: _axes.Axis = -2,
-    padding: Any = None,
+    features_axis: Axis = -2,
+    padding: Padding = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of one layer that does what a batch norm and a layer after it do.
+    """Return kernel and bias of one layer equal to a batch norm and a layer after it.
 
-    Exact for Dense, DenseGeneral (without `batch_dims`) and Conv, unless the layer puts
-    zeros beside what the batch norm returns: c would have to be added at these as well.
-    So a kernel of more than one tap needs `padding`, and zero padding is refused. What
-    no array tells is yours to know: a ConvTranspose or an `input_dilation` puts zeros
-    between the elements, and a Conv's `mask` is to be multiplied into the kernel first.
-    Stacked layers: `jax.vmap(fold_before)`.
+    This is exact for Dense, DenseGeneral and Conv. For stacked layers, use
+    `jax.vmap(fold_before)`.
+
+    Limits:
+        * Zero padding is refused, since the folded batch norm would shift the zeros
+          too. A kernel of several taps therefore needs `padding`.
+        * Three cases give wrong results unnoticed: ConvTranspose and `input_dilation`,
+          which put zeros between the elements, and DenseGeneral with `batch_dims`.
+        * Multiply a Conv's `mask` into the kernel first.
 
     Args:
         params: Scale and bias of the batch norm, each `(features,)` or None.
         state: Running statistics.
-        kernel: Of the layer, `(*taps, features, *outputs)`. That of a grouped Conv has
-            the features of one group; the groups are counted from those of `state`.
-        bias: Of the layer, `outputs`, or None.
-        epsilon: That of the batch norm.
+        kernel: The layer's kernel, `(*taps, features, *outputs)`. A grouped Conv's has
+            the features of one group: groups are counted from the size of `state`.
+        bias: The layer's bias, `outputs`, or None.
+        epsilon: The batch norm's epsilon.
         features_axis: The kernel's axis or axes that hold the batch norm's features;
-            those after them are the outputs. -2, but 0 for `nn.DenseGeneral((4, 5))`.
-        padding: Of the layer, as in Flax: "VALID", "CIRCULAR", "REFLECT" or zeros. A
-            kernel of one tap may do without, or have "SAME" or "CAUSAL".
+            the outputs follow them. -2, but 0 for `nn.DenseGeneral((4, 5))`.
+        padding: The layer's padding, as in Flax: "VALID", "CIRCULAR", "REFLECT" or
+            zeros. For a kernel of one tap None, "SAME" and "CAUSAL" are allowed too.
 
     Returns:
         The new kernel and bias, in dtypes as for `fold`.
 
     Raises:
         ValueError: A shape does not fit the kernel, `features_axis` is no axis of it or
-            has no outputs after it, `padding` is missing or puts zeros beside the input
-            of the layer, or `epsilon` is not positive.
-        TypeError: `params` or `state` is of another class, or a dtype does not fit.
+            has no outputs after it, `padding` is missing or pads with zeros, or
+            `epsilon` is not positive.
+        TypeError: `params` or `state` has another class, or a dtype does not fit.
 
     Examples:
         >>> import jax.numpy as jnp, jaxbn
@@ -138,7 +150,8 @@ def fold_before(
         >>> print((y @ kernel).round(3), (x @ folded + bias).round(3))
         [2.  0.5] [2.  0.5]
     """
-    kernel, features = check_kernel(kernel, features_axis)
+    kernel = check_array("kernel", kernel)
+    features = feature_axes(features_axis, kernel.ndim, "features_axis", "`kernel`")
     inputs, outputs = kernel.shape[: features[-1] + 1], kernel.shape[features[-1] + 1 :]
     if not outputs:
         raise ValueError(
@@ -146,10 +159,10 @@ def fold_before(
             f"{features_axis!r} for shape {kernel.shape}"
         )
     groups = _num_groups(state, kernel, features)
-    norm = check_norm(params, state, kernel, features, groups)
+    norm = _check_norm(params, state, kernel, features, groups)
     _check_padding(padding, kernel, features)
     bias = jnp.zeros(outputs, kernel.dtype) if bias is None else bias
-    bias = complex_where(_checks.check_array("bias", bias), kernel, norm[0], norm[3])
+    bias = _check_bias(bias, kernel, norm[0], norm[3])
     if bias.shape != outputs:
         raise ValueError(
             f"`bias` must have shape {outputs}, the outputs of `kernel` with shape "
@@ -163,84 +176,60 @@ def fold_before(
     norm = jax.tree.map(lambda v: jnp.moveaxis(v.reshape(shape), 0, -1), norm)
     features = (*features, len(inputs))
 
-    zeros = jnp.zeros_like(norm[0], _axes.accumulation_dtype(bias.dtype))
+    mean, var, scale, _ = norm
+    zeros = jnp.zeros_like(mean, accumulation_dtype(bias.dtype))
     c = normalize(zeros, *norm, epsilon=epsilon, axis=range(zeros.ndim))
-    w_c = split.astype(c.dtype) * _axes.expand(c, features, split.ndim)
+    w_c = split.astype(c.dtype) * expand(c, features, split.ndim)
     w_c = w_c.sum(range(len(inputs))).reshape(outputs)
-    return (
-        scaled(split, norm, epsilon, features).reshape(kernel.shape),
-        (w_c + bias.astype(c.dtype)).astype(bias.dtype),
-    )
-
-
-# The batch norm's mean, var, scale and bias, in the order of `normalize`.
-Norm = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
-
-
-def scaled(
-    kernel: jax.Array, norm: Norm, epsilon: float, features: tuple[int, ...]
-) -> jax.Array:
-    """The kernel times scale rstd."""
-    _, var, scale, _ = norm
     zeros = jnp.zeros_like(var)
-    return normalize(kernel, zeros, var, scale, epsilon=epsilon, axis=features)
+    w_a = normalize(split, zeros, var, scale, epsilon=epsilon, axis=features)
+    return w_a.reshape(kernel.shape), (w_c + bias.astype(c.dtype)).astype(bias.dtype)
 
 
-def complex_where(array: jax.Array, *others: jax.Array | None) -> jax.Array:
-    """`array`, as complex numbers if any of the others is complex."""
-    if jnp.iscomplexobj(array) or not any(
-        jnp.iscomplexobj(other) for other in others if other is not None
-    ):
-        return array
-    array = array.astype(_axes.accumulation_dtype(array.dtype))
-    return lax.complex(array, jnp.zeros_like(array))
+def _check_bias(bias: ArrayLike, *terms: jax.Array | None) -> jax.Array:
+    """Return the bias as an array, complex if one of the `terms` added to it is."""
+    bias = check_array("bias", bias)
+    is_complex = any(jnp.iscomplexobj(term) for term in terms if term is not None)
+    if jnp.iscomplexobj(bias) or not is_complex:
+        return bias
+    bias = bias.astype(accumulation_dtype(bias.dtype))
+    return lax.complex(bias, jnp.zeros_like(bias))
 
 
-def check_kernel(
-    kernel: Any, features_axis: _axes.Axis
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """The kernel as an array, and its axes with the batch norm's features."""
-    kernel = _checks.check_array("kernel", kernel)
-    features = _axes.feature_axes(
-        features_axis, kernel.ndim, "features_axis", "`kernel`"
-    )
-    return kernel, features
-
-
-def check_norm(
-    params: Any,
-    state: Any,
+def _check_norm(
+    params: Params,
+    state: State,
     kernel: jax.Array,
-    features: tuple[int, ...],
+    features: Features,
     groups: int = 1,
 ) -> Norm:
-    """The four vectors, which fit the kernel."""
-    _checks.check_instance("params", params, Params, "a jaxbn.Params")
-    _checks.check_instance("state", state, State, "a jaxbn.State")
-    needed = tuple(kernel.shape[i] for i in features)
-    needed = (groups * needed[0], *needed[1:])
+    """Return the batch norm's four vectors as arrays that fit the kernel."""
+    check_instance("params", params, Params, "a jaxbn.Params")
+    check_instance("state", state, State, "a jaxbn.State")
+    first, *others = (kernel.shape[i] for i in features)
+    needed = (groups * first, *others)
     axes = tuple(i - kernel.ndim for i in features)
     on = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
-    vectors: dict[str, Any] = {
-        "state.mean": state.mean,
-        "state.var": state.var,
-        "params.scale": params.scale,
-        "params.bias": params.bias,
-    }
-    for name, vector in vectors.items():
-        if vector is None and name.startswith("params"):
-            continue
-        vectors[name] = _checks.check_array(name, vector)
-        if vectors[name].shape != needed:
+
+    def fitting(name: str, vector: jax.Array | None) -> jax.Array:
+        array = check_array(name, vector)
+        if array.shape != needed:
             raise ValueError(
                 f"`{name}` must have shape {needed}, one entry per feature on {on} of "
-                f"`kernel` with shape {kernel.shape}; got {vectors[name].shape}"
+                f"`kernel` with shape {kernel.shape}; got {array.shape}"
             )
-    return tuple(vectors.values())
+        return array
+
+    return (
+        fitting("state.mean", state.mean),
+        fitting("state.var", state.var),
+        None if params.scale is None else fitting("params.scale", params.scale),
+        None if params.bias is None else fitting("params.bias", params.bias),
+    )
 
 
-def _num_groups(state: State, kernel: jax.Array, features: tuple[int, ...]) -> int:
-    """How many times the batch norm has the features of a Conv's kernel."""
+def _num_groups(state: State, kernel: jax.Array, features: Features) -> int:
+    """Return the groups of a Conv: the batch norm's features over the kernel's."""
     shape = np.shape(getattr(state, "mean", ()))
     in_group, out = kernel.shape[-2:]
     is_conv = kernel.ndim > 2 and features == (kernel.ndim - 2,)
@@ -250,8 +239,8 @@ def _num_groups(state: State, kernel: jax.Array, features: tuple[int, ...]) -> i
     return groups if groups * in_group == shape[0] and out % groups == 0 else 1
 
 
-def _check_padding(padding: Any, kernel: jax.Array, features: tuple[int, ...]) -> None:
-    """Refuses a layer that may see zeros where the batch norm would have put c."""
+def _check_padding(padding: Padding, kernel: jax.Array, features: Features) -> None:
+    """Refuse padding with zeros, which the folded batch norm would shift too."""
     taps = [n for i, n in enumerate(kernel.shape[: features[-1]]) if i not in features]
     one_tap = math.prod(taps) == 1
     if padding is None or isinstance(padding, str):
@@ -260,7 +249,7 @@ def _check_padding(padding: Any, kernel: jax.Array, features: tuple[int, ...]) -
         exact = exact or (one_tap and word in (None, "SAME", "CAUSAL"))
     else:
         numbers = jax.tree.leaves(padding)
-        if not all(map(_axes.is_int, numbers)):
+        if not all(map(is_int, numbers)):
             raise TypeError(
                 f"`padding` must be a word, an int or pairs of ints; got {padding!r}"
             )

@@ -1,4 +1,4 @@
-"""`fold_tree`: batch norms of a Flax model folded into the layers beside them."""
+"""Batch norms of a Flax model folded into the layers beside them."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,14 @@ LAYER, NORM = "layer", "batch norm"
 
 
 class _Pair(NamedTuple):
-    """A layer and a batch norm, `after` it or before it; `words` are for messages."""
+    """The paths of a layer and of the batch norm after it, or before it.
+
+    `options` are those of `fold` or `fold_before`; `words` names the pair in messages.
+    """
 
     layer: Path
     norm: Path
-    after: bool
+    norm_is_after: bool
     options: Mapping[str, Any]
     words: str
 
@@ -30,36 +33,35 @@ class _Pair(NamedTuple):
 def fold_tree(
     variables: Mapping[str, Any], pairs: Iterable[Any], *, epsilon: float = 1e-5
 ) -> dict[str, Any]:
-    """Variables of a Flax model without the batch norms that `pairs` name.
+    """Return variables of a Flax model without the batch norms that `pairs` name.
 
-    What applies them is the same model with these batch norms left out and with
-    `use_bias=True` in the layers, which all have a bias now: make both hang on a field
-    of the model, as below. The names that Flax gives to the other modules stay, as it
-    counts each class for itself. Linen's variables and those of `jaxbn.linen` alike;
-    of stacked layers: `jax.vmap` over this function.
+    Apply them with the same model, but leave these batch norms out and set
+    `use_bias=True` in the layers that they are folded into: let a field of the model
+    choose, as in the example. Other modules keep their names, since Flax numbers each
+    class separately. Batch norms may be Linen's or those of `jaxbn.linen`. For stacked
+    layers, use `jax.vmap` of this function.
 
     Args:
-        variables: "params" and "batch_stats", and other collections, which stay.
-        pairs: Two modules that follow each other, a layer and a batch norm, in the
-            order in which the model applies them: `("Conv_0", "BatchNorm_0")` is a
-            batch norm after its layer. Paths are strings ("Block_0/Conv_0") or tuples.
-            A third entry has options for that pair, a dictionary of what `fold` or
-            `fold_before` takes: `{"padding": "VALID"}`, `{"features_axis": -2}`,
-            `{"epsilon": 1e-3}`. A layer may have one batch norm before and one after
-            it. A batch norm may be before several layers, where all that use what it
-            returns are named.
-        epsilon: That of the batch norms.
+        variables: "params", "batch_stats", and other collections, which are kept.
+        pairs: Pairs of a layer and a batch norm next to it, in the order in which the
+            model applies them: `("Conv_0", "BatchNorm_0")` is a batch norm after its
+            layer. Paths are strings ("Block_0/Conv_0") or tuples. A third entry may
+            hold options of `fold` or `fold_before` for this pair: `{"padding":
+            "VALID"}`, `{"features_axis": -2}`, `{"epsilon": 1e-3}`. A layer may have
+            one batch norm before it and one after it. A batch norm may be before
+            several layers; then name all that use its output.
+        epsilon: The epsilon of the batch norms.
 
     Returns:
-        A tree of new dictionaries; `variables` stay as they are. Collections that are
-        empty without the batch norms are gone. A box with metadata stays around its
-        kernel and bias; a bias in place of none has no box.
+        A tree of new dictionaries, without collections that the folding leaves empty.
+        `variables` is not changed. Kernel and bias keep their boxes with metadata; a
+        new bias has none.
 
     Raises:
         ValueError: A pair does not lead to a layer with a kernel and a batch norm with
-            statistics, something is used twice, or as for `fold` and `fold_before`.
-        TypeError: `variables` is not a mapping, a pair is not made of paths, or as for
-            `fold` and `fold_before`.
+            statistics, or uses one twice, or `fold` or `fold_before` raises.
+        TypeError: `variables` is not a mapping, or a pair is not made of paths, or
+            `fold` or `fold_before` raises.
 
     Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
@@ -88,11 +90,17 @@ def fold_tree(
     for pair in read:
         layer = _at(tree, "params", pair.layer)
         kernel, bias = _unboxed(layer["kernel"]), _unboxed(layer.get("bias"))
-        norm, options = _norm(tree, pair.norm), {"epsilon": epsilon, **pair.options}
+        learned = _at(tree, "params", pair.norm)
+        running = _at(tree, "batch_stats", pair.norm)
+        norm = (
+            Params(_unboxed(learned.get("scale")), _unboxed(learned.get("bias"))),
+            State(_unboxed(running["mean"]), _unboxed(running["var"]), jnp.int32(0)),
+        )
+        options = {"epsilon": epsilon, **pair.options}
         try:
             kernel, bias = (
                 fold(kernel, bias, *norm, **options)
-                if pair.after
+                if pair.norm_is_after
                 else fold_before(*norm, kernel, bias, **options)
             )
         except (TypeError, ValueError) as error:
@@ -107,6 +115,7 @@ def fold_tree(
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with new dictionaries and the same arrays."""
     return {
         name: _copied(value) if isinstance(value, Mapping) else value
         for name, value in tree.items()
@@ -114,7 +123,7 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at(tree: Mapping[str, Any], collection: str, path: Path) -> dict[str, Any]:
-    """The arrays and modules there; empty where there is nothing."""
+    """Return what is at `path`, arrays and modules; nothing there is an empty dict."""
     here: Any = tree.get(collection, {})
     for name in path:
         here = here.get(name, {}) if isinstance(here, Mapping) else {}
@@ -122,7 +131,7 @@ def _at(tree: Mapping[str, Any], collection: str, path: Path) -> dict[str, Any]:
 
 
 def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
-    """The pair, with its layer and its batch norm told apart by what they hold."""
+    """Return the pair after its checks, with layer and batch norm told apart."""
     many = isinstance(pair, Sequence) and not isinstance(pair, str)
     if not (many and len(pair) in (2, 3)):
         raise TypeError(
@@ -150,6 +159,7 @@ def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
 
 
 def _kind(tree: Mapping[str, Any], path: Path) -> str:
+    """Return NORM or LAYER, by the arrays that the module holds."""
     if {"mean", "var"} <= set(_at(tree, "batch_stats", path)):
         return NORM
     if "kernel" in _at(tree, "params", path):
@@ -163,10 +173,10 @@ def _kind(tree: Mapping[str, Any], path: Path) -> str:
 
 
 def _check_uses(pairs: Sequence[_Pair]) -> None:
-    """Refuses to fold twice what the model applies once."""
+    """Refuse pairs that would fold a module twice which the model applies once."""
     for one, two in itertools.combinations(pairs, 2):
-        layer_twice = one.layer == two.layer and one.after == two.after
-        norm_twice = one.norm == two.norm and (one.after or two.after)
+        layer_twice = one.layer == two.layer and one.norm_is_after == two.norm_is_after
+        norm_twice = one.norm == two.norm and (one.norm_is_after or two.norm_is_after)
         if layer_twice or norm_twice:
             twice = "/".join(one.layer if layer_twice else one.norm)
             raise ValueError(
@@ -176,24 +186,18 @@ def _check_uses(pairs: Sequence[_Pair]) -> None:
             )
 
 
-def _norm(tree: Mapping[str, Any], path: Path) -> tuple[Params, State]:
-    learned, running = _at(tree, "params", path), _at(tree, "batch_stats", path)
-    scale, bias = (_unboxed(learned.get(name)) for name in ("scale", "bias"))
-    mean, var = (_unboxed(running[name]) for name in ("mean", "var"))
-    return Params(scale, bias), State(mean, var, jnp.zeros((), jnp.int32))
-
-
 def _unboxed(box: Any) -> Any:
-    """The array in a box with metadata, of any class, or the array itself."""
+    """Return the array in a box with metadata, of any class, or the array itself."""
     return next(iter(jax.tree.leaves(box)), None)
 
 
 def _boxed_as(old: Any, array: jax.Array) -> Any:
+    """Return the array in a box like `old`, if that is one."""
     return array if old is None else jax.tree.structure(old).unflatten([array])
 
 
 def _drop(tree: dict[str, Any], path: Path, names: Sequence[str]) -> None:
-    """Removes the arrays, and every dictionary that is empty without them."""
+    """Remove the arrays, and every dictionary that is empty without them."""
     if not path:
         for name in names:
             tree.pop(name, None)

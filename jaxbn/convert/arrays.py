@@ -1,4 +1,8 @@
-"""What every conversion needs: arrays of any library, checked and copied."""
+"""Arrays of any library: checked, and copied into a `Params` and a `State`, and back.
+
+The other files here hold what is particular to one library. Each has the four names,
+`WORDS`, that its library gives to scale, bias, mean and variance, in this order.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jaxbn import _axes, _checks
+from jaxbn import _checks
+from jaxbn._axes import accumulation_dtype
 from jaxbn._core.batch_norm import Params
 from jaxbn._core.running import State, check_state
 
@@ -15,30 +21,33 @@ KINDS = {np.inexact: "floats", np.integer: "ints", np.number: "numbers"}
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """`value` on the host; it may share the memory of `value`."""
-    if hasattr(value, "detach"):  # PyTorch's, on any device, with a gradient or not
-        if "bfloat16" in str(value.dtype):  # NumPy's is JAX's, unknown to PyTorch
+    """Return `value` as an array on the host, which may share its memory."""
+    if hasattr(value, "detach"):  # a PyTorch tensor, with or without a gradient
+        if "bfloat16" in str(value.dtype):  # PyTorch refuses to convert this dtype
             return value.float().numpy(force=True).astype(jnp.bfloat16)
         return value.numpy(force=True)
     try:
         return np.asarray(value)
-    except ValueError:  # lists of no one length
+    except ValueError:  # nested lists of different lengths
         return np.asarray(None)
 
 
-def to_numbers(source: str, word: str, value: Any, kind: type) -> np.ndarray:
-    """What `source` has under this word, on the host; of floats, say, by `kind`."""
+def to_numbers(source: str, word: str, value: object, numbers: type) -> np.ndarray:
+    """Return what `source` holds under `word`, as an array on the host.
+
+    A dtype that is not one of `numbers`, a key of `KINDS`, is a TypeError.
+    """
     array = to_numpy(value)
-    if not jnp.issubdtype(array.dtype, kind):
+    if not jnp.issubdtype(array.dtype, numbers):
         raise TypeError(
-            f"{source} must hold {word} as an array of {KINDS[kind]}; got "
+            f"{source} must hold {word} as an array of {KINDS[numbers]}; got "
             f"{_checks.kind(value)} of dtype {array.dtype}"
         )
     return array
 
 
-def to_count(source: str, word: str, value: Any) -> np.ndarray:
-    """Likewise, the number of updates."""
+def to_count(source: str, word: str, value: object) -> np.ndarray:
+    """Return the number of updates, which `source` holds under `word`, as a scalar."""
     count = to_numbers(source, word, value, np.integer)
     if count.shape != ():
         raise ValueError(f"{source} must hold {word} as a scalar; got {count.shape}")
@@ -46,12 +55,15 @@ def to_count(source: str, word: str, value: Any) -> np.ndarray:
 
 
 def to_layer(
-    arrays: Mapping[str, Any], words: Sequence[str], num_updates: Any, source: str
+    arrays: Mapping[str, object],
+    words: Sequence[str],
+    num_updates: ArrayLike,
+    source: str,
 ) -> tuple[Params, State]:
-    """Params and State from `arrays`, where `words` name scale, bias, mean and var.
+    """Return copies of `arrays`, which `words` name, as Params and State.
 
-    Absent, or None, can be the first two. `source` says in the error what had to be a
-    batch norm. The statistics come as float32 at least, as `jaxbn.init` makes them.
+    Scale and bias may be missing or None; mean and variance may not. Statistics become
+    float32 at least, as in `jaxbn.init`. Errors call the layer `source`.
     """
     present = {
         word: to_numbers(source, word, arrays[word], np.inexact)
@@ -71,22 +83,19 @@ def to_layer(
             ],
         },
     )
-    scale, bias, mean, var = (present.get(word) for word in words)
-    return (
-        Params(
-            None if scale is None else jnp.array(scale),
-            None if bias is None else jnp.array(bias),
-        ),
-        State(
-            jnp.array(mean, _statistics_dtype(mean)),
-            jnp.array(var, _statistics_dtype(var)),
-            jnp.array(num_updates, jnp.int32),
-        ),
+    copies = {word: jnp.array(value) for word, value in present.items()}
+    scale, bias = (copies.get(word) for word in words[:2])
+    mean, var = (
+        copies[word].astype(accumulation_dtype(copies[word].dtype))
+        for word in words[2:]
     )
+    return Params(scale, bias), State(mean, var, jnp.array(num_updates, jnp.int32))
 
 
-def from_layer(params: Params, state: State, words: Sequence[str]) -> dict[str, Any]:
-    """The inverse of `to_layer`: the arrays by their `words`, absent where None."""
+def from_layer(
+    params: Params, state: State, words: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return copies of the arrays of a batch norm by their `words`, without Nones."""
     _checks.check_instance("params", params, Params, "a jaxbn.Params")
     _checks.check_instance("state", state, State, "a jaxbn.State")
     mean = _checks.check_array("state.mean", state.mean)
@@ -94,36 +103,50 @@ def from_layer(params: Params, state: State, words: Sequence[str]) -> dict[str, 
     check_state(state, *fits)
     for name, value in params._asdict().items():
         _checks.check_per_feature(f"params.{name}", value, *fits)
-    values = (params.scale, params.bias, state.mean, state.var)
-    pairs = zip(words, values, strict=True)
+    pairs = zip(words, (*params, state.mean, state.var), strict=True)
     return {word: np.array(value) for word, value in pairs if value is not None}
 
 
-def check_alike(
-    arrays: Mapping[str, Any], templates: Mapping[str, Any], source: str
-) -> None:
-    """Refuses to put `arrays` in the place of `templates` of other names or shapes."""
+def from_layer_like(
+    templates: Mapping[str, np.ndarray | jax.Array],
+    params: Params,
+    state: State,
+    words: Sequence[str],
+    source: str,
+) -> dict[str, jax.Array]:
+    """Return the arrays of `from_layer` in the dtypes of `templates`.
+
+    Names and shapes must be those of `templates`. Errors call the layer `source`.
+    """
+    arrays = from_layer(params, state, words)
     refuse(
         f"{source} must be a batch norm like `params` and `state`",
         {
             "missing": [word for word in arrays if word not in templates],
             "extra": [word for word in templates if word not in arrays],
             "shape": [
-                f"{word} {np.shape(template)} for {np.shape(arrays[word])}"
+                f"{word} {template.shape} for {arrays[word].shape}"
                 for word, template in templates.items()
-                if word in arrays and np.shape(template) != np.shape(arrays[word])
+                if word in arrays and template.shape != arrays[word].shape
             ],
         },
     )
+    return {
+        word: jnp.array(array.astype(templates[word].dtype))
+        for word, array in arrays.items()
+    }
 
 
-def debiasing(momentum: float, num_updates: Any) -> jax.Array:
-    """What Haiku and Equinox divide an average that began at 0 by, rounded as there."""
+def debias_divisor(momentum: float, num_updates: ArrayLike) -> jax.Array:
+    """Return 1 - momentum^t, the weight of t updates in an average that began at 0.
+
+    It is rounded as in Haiku and Equinox, so that a conversion and back is exact.
+    """
     return 1 - jnp.power(jnp.float32(momentum), num_updates)
 
 
 def refuse(needed: str, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raises a ValueError with all problems at once, each kind on its own line."""
+    """Raise a ValueError with all `problems`, if any, each kind on its own line."""
     lines = [
         f"{kind}: {', '.join(map(str, found))}"
         for kind, found in problems.items()
@@ -131,7 +154,3 @@ def refuse(needed: str, problems: Mapping[str, Sequence[str]]) -> None:
     ]
     if lines:
         raise ValueError("\n  ".join([f"{needed}; got", *lines]))
-
-
-def _statistics_dtype(value: Any) -> Any:
-    return _axes.accumulation_dtype(jnp.result_type(value))

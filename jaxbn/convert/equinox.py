@@ -9,43 +9,49 @@ from jax.tree_util import keystr
 from jaxbn._checks import kind
 from jaxbn._core.batch_norm import Params
 from jaxbn._core.running import State, new_state
-from jaxbn.convert.arrays import check_alike, debiasing, from_layer, to_layer
+from jaxbn.convert.arrays import debias_divisor, from_layer_like, to_layer
 
 WORDS = ("weight", "bias", "running_mean", "running_var")
 
 
 def from_equinox(layer: Any, layer_state: Any) -> tuple[Params, State]:
-    """The parameters of an `equinox.nn.BatchNorm`, and what its inference uses.
+    """Return the parameters of an `equinox.nn.BatchNorm`, and its inference statistics.
 
-    Equinox's `momentum` is ours, and its variance the biased one. In mode "batch" its
-    inference divides both averages by 1 - momentum^t. That is right for the mean. The
-    variance, which starts at 1, is too large by momentum^t / (1 - momentum^t): it comes
-    as Equinox uses it, and further updates wear the excess off. In mode "ema" training
-    normalizes by the running statistics, which has no counterpart here; inference has.
+    Equinox's `momentum` means the same as in jaxbn, and both keep the biased variance.
+
+    Limits:
+        * In mode "batch", inference divides both averages by 1 - momentum^t after t
+          updates. Equinox's variance starts at 1, so the quotient is too large, by
+          momentum^t / (1 - momentum^t). It is returned as Equinox uses it, and further
+          updates reduce the excess.
+        * In mode "ema", Equinox normalizes by the running statistics in training too.
+          jaxbn does so in inference only.
 
     Args:
-        layer: The module.
-        layer_state: The `equinox.nn.State` that knows it, of the whole model or a part.
+        layer: The batch norm module.
+        layer_state: The `equinox.nn.State` of the layer or of the whole model.
 
     Returns:
-        The parameters and the state. `num_updates` is Equinox's counter in mode
-        "batch"; in mode "ema", which counts nothing, 1 after any update. Copies.
+        Copies of the parameters, each `(features,)` or None, and of the statistics,
+        float32 at least. `num_updates` is Equinox's counter in mode "batch". Mode "ema"
+        does not count: `num_updates` is then 1 after any update.
 
     Raises:
-        TypeError: `layer` is not an Equinox batch norm, or `layer_state` none
-            that knows it.
+        TypeError: `layer` is not an Equinox batch norm, or `layer_state` does not hold
+            its state.
 
     Examples:
-        After `layer, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(8,
-        "batch", mode="batch")` and some training, `from_equinox(layer, state)`.
+        >>> import equinox as eqx, jaxbn  # doctest: +SKIP
+        >>> norm = eqx.nn.BatchNorm(8, "batch", mode="batch")  # doctest: +SKIP
+        >>> jaxbn.convert.from_equinox(norm, eqx.nn.State(norm))  # doctest: +SKIP
     """
-    mean, var, count = _running(layer, layer_state)
+    _, (mean, var, count) = _read(layer, layer_state)
     if layer.mode == "batch":
         divisor = _divisor(layer, count)
         mean, var = mean / divisor, var / divisor
     else:
-        count = 1 - int(count)  # "is this the first time?"
-        if count == 0:  # Equinox leaves them uninitialized
+        count = 1 - int(count)  # Equinox keeps whether the next update is the first
+        if count == 0:  # Equinox leaves the averages uninitialized until then
             mean, var, _ = new_state(mean.shape, mean.dtype)
     values = (layer.weight, layer.bias, mean, var)
     return to_layer(dict(zip(WORDS, values, strict=True)), WORDS, count, "`layer`")
@@ -54,37 +60,38 @@ def from_equinox(layer: Any, layer_state: Any) -> tuple[Params, State]:
 def to_equinox(
     params: Params, state: State, layer: Any, layer_state: Any
 ) -> tuple[Any, Any]:
-    """Equinox's layer and state, with this batch norm put in.
+    """Return Equinox's layer and state with a batch norm of jaxbn put in.
+
+    Inference agrees. `from_equinox` lists the limits of training in Equinox.
 
     Args:
         params: Scale and bias, None where the layer has `channelwise_affine=False`.
-        state: Running statistics; `num_updates` has to be their true number if Equinox
-            is to train on in mode "batch", since it debiases by it.
+        state: Running statistics. If Equinox is to train on in mode "batch",
+            `num_updates` must be the true number of updates, since it debiases by it.
         layer: An `equinox.nn.BatchNorm` of this size.
-        layer_state: The `equinox.nn.State` that knows it. It can be used further.
+        layer_state: The `equinox.nn.State` of the layer or of the whole model. It
+            remains usable.
 
     Returns:
-        New ones of both. Inference agrees; see `from_equinox` about training.
+        A new layer and a new state.
 
     Raises:
-        ValueError: The layer differs; what is missing, extra or of a different shape is
-            named.
-        TypeError: `params`, `state`, `layer` or `layer_state` is something else.
+        ValueError: The layer differs. The message names what is missing, extra or of a
+            different shape.
+        TypeError: `params`, `state` or `layer` has another class, or `layer_state` does
+            not hold the state of `layer`.
 
     Examples:
-        `layer, layer_state = to_equinox(params, state, layer, layer_state)`
+        >>> import equinox as eqx, jaxbn  # doctest: +SKIP
+        >>> norm = eqx.nn.BatchNorm(8, "batch", mode="batch")  # doctest: +SKIP
+        >>> norm, norm_state = jaxbn.convert.to_equinox(
+        ...     *jaxbn.init(8), norm, eqx.nn.State(norm)
+        ... )  # doctest: +SKIP
     """
-    averages, counter = _indices(layer)
-    *statistics, old_count = _running(layer, layer_state)
-    values = (layer.weight, layer.bias, *statistics)
-    pairs = zip(WORDS, values, strict=True)
+    (averages, counter), (mean, var, old_count) = _read(layer, layer_state)
+    pairs = zip(WORDS, (layer.weight, layer.bias, mean, var), strict=True)
     templates = {word: value for word, value in pairs if value is not None}
-    arrays = from_layer(params, state, WORDS)
-    check_alike(arrays, templates, "`layer`")
-    new = {
-        word: jnp.array(arrays[word].astype(value.dtype))
-        for word, value in templates.items()
-    }
+    new = from_layer_like(templates, params, state, WORDS, "`layer`")
     if layer.mode == "batch":
         count, divisor = state.num_updates, _divisor(layer, state.num_updates)
     else:
@@ -100,22 +107,20 @@ def to_equinox(
     )
 
 
-def _indices(layer: Any) -> tuple[Any, Any]:
-    """Where the state has the averages, and what it counts updates by."""
+def _read(
+    layer: Any, layer_state: Any
+) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Return the layer's indices into the state, and mean, variance and count there."""
     mode = getattr(layer, "mode", None)
     if mode == "batch":
-        return layer.batch_state_index, layer.batch_counter
-    if mode == "ema":
-        return layer.ema_state_index, layer.ema_first_time_index
-    raise TypeError(f"`layer` must be an equinox.nn.BatchNorm; got {kind(layer)}")
-
-
-def _running(layer: Any, layer_state: Any) -> tuple[Any, Any, Any]:
-    """Mean, variance and what updates are counted by, as Equinox has them."""
-    averages, counter = _indices(layer)
+        averages, counter = layer.batch_state_index, layer.batch_counter
+    elif mode == "ema":
+        averages, counter = layer.ema_state_index, layer.ema_first_time_index
+    else:
+        raise TypeError(f"`layer` must be an equinox.nn.BatchNorm; got {kind(layer)}")
     try:
         mean, var = layer_state.get(averages)
-        return mean, var, layer_state.get(counter)
+        return (averages, counter), (mean, var, layer_state.get(counter))
     except (AttributeError, KeyError, TypeError) as error:
         raise TypeError(
             "`layer_state` must be an equinox.nn.State that knows `layer`; got "
@@ -123,6 +128,6 @@ def _running(layer: Any, layer_state: Any) -> tuple[Any, Any, Any]:
         ) from error
 
 
-def _divisor(layer: Any, count: Any) -> Any:
-    """What Equinox's inference divides its averages by, in mode "batch"."""
-    return debiasing(layer.momentum, count) if count else 1
+def _divisor(layer: Any, count: jax.Array) -> jax.Array | int:
+    """Return what Equinox's inference divides its averages by, in mode "batch"."""
+    return debias_divisor(layer.momentum, count) if count else 1

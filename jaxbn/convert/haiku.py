@@ -5,48 +5,50 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxbn._checks import check_instance, check_mapping, check_share
 from jaxbn._core.batch_norm import Params
 from jaxbn._core.running import State
 from jaxbn.convert.arrays import (
-    check_alike,
-    debiasing,
-    from_layer,
+    debias_divisor,
+    from_layer_like,
     to_count,
     to_layer,
     to_numbers,
 )
 
-# Of Haiku's averages, `average` is `hidden` after the debiasing: what inference uses.
+# Haiku keeps each average twice: `hidden`, and `average`, which is `hidden` after
+# debiasing. Inference uses `average`.
 WORDS = ("scale", "offset", "mean_ema/average", "var_ema/average")
 
-Tree = Mapping[str, Mapping[str, Any]]
+Tree = Mapping[str, Mapping[str, ArrayLike]]
 
 
 def from_haiku(
     haiku_params: Tree, haiku_state: Tree, *, name: str = "batch_norm"
 ) -> tuple[Params, State]:
-    """The `haiku.BatchNorm` of this name.
+    """Return the parameters and statistics of the `haiku.BatchNorm` called `name`.
 
-    Haiku's `decay_rate` d is our `momentum`, and its variance the biased one. Its
-    averages start at 0 and are debiased. With t = `state.num_updates`
-    `momentum=d * (1 - d**t) / (1 - d ** (t + 1))` trains on in the same way.
-    Nearly the same, `debias=True` weights the first batches equally.
+    Haiku's `decay_rate` d is the `momentum` of jaxbn, and both keep the biased
+    variance. Haiku's averages start at 0 and are debiased. To go on in the same way
+    after t = `state.num_updates` updates, train with
+    `momentum=d * (1 - d**t) / (1 - d ** (t + 1))`. `debias=True` comes close: it gives
+    the first batches equal weights.
 
     Args:
-        haiku_params: As `init` of the transformed function returned it.
-        haiku_state: Likewise.
-        name: Of the module, with the names of those around it: "net/batch_norm".
+        haiku_params: The parameters, from `init` of the transformed function.
+        haiku_state: The state, from `init` or `apply`.
+        name: The module's name, with those of the modules around it: "net/batch_norm".
 
     Returns:
-        The parameters, without their axes of length 1, and the state, that of inference
-        in Haiku. Copies.
+        Copies of the parameters, and of the statistics that Haiku's inference uses,
+        float32 at least. Both come without the axes of length 1 that Haiku keeps.
 
     Raises:
-        ValueError: There is no batch norm of this name; what is missing or of a
-            different shape is named.
-        TypeError: The trees are no mappings, or hold something else than floats.
+        ValueError: There is no batch norm of this name. The message names what is
+            missing or has a different shape.
+        TypeError: A tree is not a mapping, or holds something other than floats.
 
     Examples:
         >>> import jaxbn, numpy as np
@@ -72,25 +74,26 @@ def to_haiku(
     decay_rate: float,
     name: str = "batch_norm",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Haiku's parameters and state, with this batch norm put in.
+    """Return Haiku's parameters and state with a batch norm of jaxbn put in.
 
     Args:
         params: Scale and bias, None where Haiku creates none.
-        state: Running statistics; `num_updates` has to be their true number if Haiku is
-            to train on, since it debiases by it.
-        haiku_params: As `init` of the transformed function returned it: the shapes and
-            dtypes, and the modules that stay as they are.
-        haiku_state: Likewise.
-        decay_rate: That of the Haiku module.
-        name: As for `from_haiku`.
+        state: Running statistics. If Haiku is to train on, `num_updates` must be the
+            true number of updates, since Haiku debiases by it.
+        haiku_params: The parameters, from `init` of the transformed function. They give
+            the shapes and dtypes; those of other modules are returned as they are.
+        haiku_state: The state, from `init` or `apply`, used in the same way.
+        decay_rate: The `decay_rate` of the Haiku module.
+        name: The module's name, with those of the modules around it.
 
     Returns:
         New dictionaries of both.
 
     Raises:
-        ValueError: There is no batch norm of this name, or it differs; what is missing,
-            extra or of a different shape is named; or `decay_rate` is outside [0, 1].
-        TypeError: `params`, `state` or a tree is something else.
+        ValueError: There is no such batch norm of this name, or `decay_rate` is outside
+            [0, 1]. The message names what is missing, extra or of a different shape.
+        TypeError: `params` or `state` has another class, a tree is not a mapping, or it
+            holds something other than floats.
 
     Examples:
         >>> import jaxbn, numpy as np
@@ -106,23 +109,18 @@ def to_haiku(
     """
     templates, _ = _read(haiku_params, haiku_state, name)
     decay_rate = check_share("decay_rate", decay_rate)
-    arrays = from_layer(params, state, WORDS)
-    check_alike(arrays, _squeezed(templates), _named(name))
-    shaped = {
-        word: jnp.array(
-            array.reshape(templates[word].shape).astype(templates[word].dtype)
-        )
-        for word, array in arrays.items()
-    }
-    learned = {word: shaped[word] for word in WORDS[:2] if word in shaped}
-    divisor = debiasing(decay_rate, state.num_updates)
+    squeezed = _squeezed(templates)
+    arrays = from_layer_like(squeezed, params, state, WORDS, _named(name))
+    arrays = {word: a.reshape(templates[word].shape) for word, a in arrays.items()}
+    learned = {word: arrays[word] for word in WORDS[:2] if word in arrays}
+    divisor = debias_divisor(decay_rate, state.num_updates)
     averages = {
-        f"{name}/~/{word.split('/')[0]}": {
-            "hidden": shaped[word] * divisor,
-            "average": shaped[word],
+        path: {
+            "hidden": arrays[word] * divisor,
+            "average": arrays[word],
             "counter": jnp.array(state.num_updates, jnp.int32),
         }
-        for word in WORDS[2:]
+        for path, word in zip(_average_paths(name), WORDS[2:], strict=True)
     }
     return (
         {**haiku_params, name: learned} if learned else dict(haiku_params),
@@ -130,14 +128,13 @@ def to_haiku(
     )
 
 
-def _read(params: Tree, state: Tree, name: str) -> tuple[dict[str, np.ndarray], Any]:
-    """The arrays by their `WORDS`, those that there are, and the count."""
+def _read(
+    haiku_params: Tree, haiku_state: Tree, name: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the arrays that the module has, by its `WORDS`, and its update count."""
     check_instance("name", name, str, "a string")
-    learned = _module("haiku_params", params, name)
-    mean, var = (
-        _module("haiku_state", state, f"{name}/~/{word.split('/')[0]}")
-        for word in WORDS[2:]
-    )
+    learned = _module("haiku_params", haiku_params, name)
+    mean, var = (_module("haiku_state", haiku_state, p) for p in _average_paths(name))
     averages = zip(WORDS[2:], (mean.get("average"), var.get("average")), strict=True)
     arrays = {
         word: to_numbers(_named(name), word, value, np.inexact)
@@ -147,8 +144,12 @@ def _read(params: Tree, state: Tree, name: str) -> tuple[dict[str, np.ndarray], 
     return arrays, to_count(_named(name), "counter", mean.get("counter", 0))
 
 
-def _module(argument: str, tree: Any, name: str) -> Mapping[str, Any]:
-    """What the tree holds for the module of this name; nothing where there is none."""
+def _average_paths(name: str) -> tuple[str, str]:
+    return f"{name}/~/mean_ema", f"{name}/~/var_ema"
+
+
+def _module(argument: str, tree: Tree, name: str) -> Mapping[str, ArrayLike]:
+    """Return the arrays of the module called `name`, none if `tree` lacks it."""
     check_mapping(argument, tree)
     module = tree.get(name, {})
     check_mapping(f"{argument}[{name!r}]", module)
@@ -156,7 +157,7 @@ def _module(argument: str, tree: Any, name: str) -> Mapping[str, Any]:
 
 
 def _squeezed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the axes that Haiku reduced, and kept with length 1."""
+    """Return the arrays without the reduced axes, which Haiku keeps with length 1."""
     return {word: np.atleast_1d(value.squeeze()) for word, value in arrays.items()}
 
 

@@ -12,23 +12,25 @@ WORDS = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 def from_keras(layer: Any) -> tuple[Params, State]:
-    """The parameters and statistics of a `keras.layers.BatchNormalization`.
+    """Return the parameters and statistics of a `keras.layers.BatchNormalization`.
 
-    Keras's `momentum` is ours, and its variance the biased one; its `epsilon` is 1e-3
-    unless said. To train on: `batch_norm(..., momentum=0.99, epsilon=1e-3)`.
+    Keras's `momentum` means the same as in jaxbn, and both keep the biased variance.
+    Keras's defaults are `batch_norm(..., momentum=0.99, epsilon=1e-3)`.
 
     Args:
-        layer: Built, with any of Keras's backends.
+        layer: A built layer, of any of Keras's backends.
 
     Returns:
-        The parameters, None for `scale=False` and `center=False`, and the state.
-        `num_updates` is 0, since Keras does not count: with `momentum=None` or `debias`
-        put the number in, `state._replace(num_updates=...)`, or the first update
-        replaces the statistics. Copies.
+        Copies of the parameters, each `(features,)`, or None for `scale=False` or
+        `center=False`, and of the statistics, float32 at least. `num_updates` is 0,
+        since Keras does not count. With `momentum=None` or `debias=True`, the first
+        update would then replace the statistics: set their number before, with
+        `state._replace(num_updates=...)`.
 
     Raises:
-        ValueError: The layer is not built yet, or no batch norm; what is missing or of
-            a different shape is named.
+        ValueError: The layer is not built yet, or is no batch norm. The message names
+            what is missing or has a different shape.
+        TypeError: The layer holds something other than floats.
 
     Examples:
         >>> import types, jaxbn
@@ -44,17 +46,18 @@ def from_keras(layer: Any) -> tuple[Params, State]:
 
 
 def to_keras(params: Params, state: State) -> list[np.ndarray]:
-    """What `set_weights` of a `keras.layers.BatchNormalization` takes.
+    """Return the list that `set_weights` of a Keras BatchNormalization takes.
 
     Args:
         params: Scale and bias, None where the layer has `scale=False`, `center=False`.
-        state: Running statistics. Their `num_updates` has no place in Keras.
+        state: Running statistics. Keras has no place for `num_updates`.
 
     Returns:
-        gamma, beta, moving mean and moving variance, those that there are.
+        Copies of gamma, beta, moving mean and variance, without those that are None.
 
     Raises:
-        TypeError: `params` or `state` is something else.
+        ValueError: The shapes of `params` and `state` differ.
+        TypeError: `params` or `state` has another class.
 
     Examples:
         >>> import jaxbn
@@ -65,6 +68,6 @@ def to_keras(params: Params, state: State) -> list[np.ndarray]:
 
 
 def _value(variable: Any) -> Any:
-    """What a variable of Keras holds; its own conversion to NumPy warns in NumPy 2."""
+    """Return what a Keras variable holds; converting the variable warns in NumPy 2."""
     value = getattr(variable, "value", variable)
-    return variable if callable(value) else value  # a method in Keras 2
+    return variable if callable(value) else value  # `value` is a method in Keras 2
