@@ -1,4 +1,7 @@
-"""The functions of the public interface that train: one set of options, spelled out."""
+"""The public `batch_norm`, `ghost_batch_norm` and `batch_renorm`: their arguments.
+
+What they do is in `jaxbn._core.batch_norm`.
+"""
 
 import jax
 from jax.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""Moments of a batch: masks, several devices and exact merging.
+"""Moments of a batch: counts under masks, means, variances, and how they are merged.
 
 Plain JAX, differentiable, and stable: one pass over x - shift, where the shift is the
 mean of a part of the batch, a share f of it (1/16 or so), and a constant for the

@@ -1,4 +1,7 @@
-"""What differs between CPU, GPU and TPU: primitives and their lowerings.
+"""What differs between CPU, GPU and TPU: how passes are kept apart, and sums are taken.
+
+Here are all primitives and their lowerings: fusion barriers on the CPU, one sum for two
+on a GPU, and an error for what may be traced but not run.
 
 They are primitives because `lax.platform_dependent` and `lax.cond` lose types: in a
 vmap over a shard_map with `spmd_axis_name`, their results no longer vary over that axis

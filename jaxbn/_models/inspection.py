@@ -1,4 +1,4 @@
-"""Inspection: which batch norms of a model are unhealthy, and in which way."""
+"""Inspection: which channels are dead, and which statistics are far from the data."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

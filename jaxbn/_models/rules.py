@@ -1,4 +1,4 @@
-"""Flax's rules on dtypes and masks, and the base of both modules `BatchNorm`."""
+"""The base of both Flax modules `BatchNorm`: Flax's conventions on dtypes and masks."""
 
 import dataclasses
 from collections.abc import Sequence
