@@ -5,11 +5,11 @@ hold the Flax modules, `jaxbn.convert` what reads other people's weights.
 """
 
 from jaxbn import convert
-from jaxbn._core.batch_norm import Params, init
+from jaxbn._core.batch_norm import init
 from jaxbn._core.functional import batch_norm, batch_renorm, ghost_batch_norm
 from jaxbn._core.kernel import Cache, backward, forward
 from jaxbn._core.moments import Moments, batch_moments, merge_moments
-from jaxbn._core.normalize import normalize
+from jaxbn._core.normalize import Params, normalize
 from jaxbn._core.renorm import ramp_d_max, ramp_r_max
 from jaxbn._core.running import State, update_state
 from jaxbn._fold import fold, fold_before

@@ -21,8 +21,7 @@ from jax.typing import ArrayLike
 
 from jaxbn._axes import Axis, Features, accumulation_dtype, expand, feature_axes, is_int
 from jaxbn._checks import check_array, check_instance
-from jaxbn._core.batch_norm import Params
-from jaxbn._core.normalize import normalize
+from jaxbn._core.normalize import Params, normalize
 from jaxbn._core.running import State
 
 Padding = str | int | Sequence[int | Sequence[int]] | None

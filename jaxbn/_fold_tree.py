@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._core.batch_norm import Params
+from jaxbn._core.normalize import Params
 from jaxbn._core.running import State
 from jaxbn._fold import fold, fold_before
 

@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.export
@@ -17,7 +16,7 @@ from jaxbn._core import ghost, renorm
 from jaxbn._core.devices import AxisIndexGroups, AxisName, check_devices
 from jaxbn._core.kernel import Config, normalize_batch
 from jaxbn._core.moments import Moments, moments
-from jaxbn._core.normalize import affine, rstd_of
+from jaxbn._core.normalize import Params, affine, rstd_of
 from jaxbn._core.renorm import Limit
 from jaxbn._core.running import (
     DEFAULT_AVERAGING,
@@ -27,19 +26,6 @@ from jaxbn._core.running import (
     new_state,
     update,
 )
-
-
-class Params(NamedTuple):
-    """Learned parameters.
-
-    Attributes:
-        scale: `(features,)` or None.
-        bias: `(features,)` or None.
-    """
-
-    scale: jax.Array | None
-    bias: jax.Array | None
-
 
 # So that a function of them can be exported (jax.export) and read back.
 jax.export.register_namedtuple_serialization(Params, serialized_name="jaxbn.Params")
@@ -143,7 +129,7 @@ def normalize_and_update(
                 "`ghost_batch_size` must be None for BatchRenorm, whose statistics are "
                 f"those of the whole batch; got {ghost_size}"
             )
-        ghost.check_ghosts(x, features, ghost_size)
+        ghost.check_axes(features)
     scale = _checks.check_per_feature("scale", params.scale, x, features)
     bias = _checks.check_per_feature("bias", params.bias, x, features)
     state = check_state(state, x, features)
@@ -178,6 +164,7 @@ def normalize_and_update(
         return *normalize_batch(config, x, scale, bias, mask), state
 
     if ghost_size is not None:
+        ghost.check_rows(x, features, ghost_size)
         y, batches = ghost.normalize_ghosts(config, ghost_size, x, scale, bias, mask)
         return y, None, ghost.update_in_turn(state, batches, averaging)
     if options.limits is not None:

@@ -147,11 +147,12 @@ def all_over(names: tuple[Hashable, ...], flags: jax.Array) -> jax.Array:
     return lax.pmin(flags.astype(jnp.int32), names) > 0
 
 
-def split_rows(x: jax.Array, blocks: int) -> jax.Array:
-    """Return x with its rows as two axes, (blocks, rows of one block)."""
+def split_rows(x: jax.Array, size: int) -> jax.Array:
+    """Return x with its rows as two axes, (blocks, `size` rows of one block)."""
+    blocks = x.shape[0] // size
     if blocks % num_shards(x, 0):  # JAX cuts no block on an explicit mesh
         x = _reshard(x, x, PartitionSpec(None, *jax.typeof(x).sharding.spec[1:]))
-    return x.reshape(blocks, -1, *x.shape[1:])
+    return x.reshape(blocks, size, *x.shape[1:])
 
 
 def replicate_rows(table: jax.Array) -> jax.Array:

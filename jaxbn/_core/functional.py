@@ -9,9 +9,10 @@ from jax.typing import ArrayLike
 from jaxbn import _axes, _checks
 from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
-from jaxbn._core.batch_norm import Options, Params, normalize_and_update
+from jaxbn._core.batch_norm import Options, normalize_and_update
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.ghost import check_size
+from jaxbn._core.normalize import Params
 from jaxbn._core.renorm import Limit, ramp_d_max, ramp_r_max
 from jaxbn._core.running import Averaging, Momentum, State
 
@@ -59,8 +60,9 @@ def batch_norm(
         running_variance: "biased", or "unbiased" with n - 1 (PyTorch).
         debias: The first updates average, until `momentum` keeps less: the statistics
             are never drawn towards their initial values.
-        derivative: "vjp" is the analytic rule; "jvp" gives the same numbers by JAX's
-            own differentiation, and forward mode (jvp, jacfwd, linearize) too.
+        derivative: "vjp" is the analytic rule; "jvp" is JAX's own differentiation, with
+            forward mode (jvp, jacfwd, linearize) too. In half precision its dx is less
+            exact.
 
     Returns:
         y, with x's shape and dtype, and the new state (`state` itself in inference). y

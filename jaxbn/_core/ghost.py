@@ -21,14 +21,18 @@ from jaxbn._core.moments import Moments, from_rows, to_rows
 from jaxbn._core.running import Averaging, State, blend
 
 
-def check_ghosts(x: jax.Array, features: Features, size: int) -> None:
-    """Refuse ghost batches of `size` rows that the batch does not consist of."""
-    check_size(size)
+def check_axes(features: Features) -> None:
+    """Refuse features on axis 0, which is split into ghost batches."""
     if 0 in features:
         raise ValueError(
             "`axis` must leave axis 0 of x to the batch, which is split into ghost "
             f"batches; got {features}"
         )
+
+
+def check_rows(x: jax.Array, features: Features, size: int) -> None:
+    """Refuse ghost batches of `size` rows that the batch does not consist of."""
+    check_size(size)
     if size < 1 or x.shape[0] % size:
         raise ValueError(
             f"`ghost_batch_size` must divide the {x.shape[0]} rows of x; got {size} "
@@ -68,8 +72,8 @@ def normalize_ghosts(
 
     if mask is not None:
         mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
-        mask = split_rows(mask, number)
-    x_split = split_rows(x, number)
+        mask = split_rows(mask, size)
+    x_split = split_rows(x, size)
     y, batches = normalize_batch(ghosts, x_split, for_each(scale), for_each(bias), mask)
     y = shard_as(y.reshape(x.shape), x)
 

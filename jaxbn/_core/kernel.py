@@ -70,7 +70,17 @@ class Config:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What `backward` needs: x in its own dtype, the mask, and per-feature vectors."""
+    """What `forward` keeps for `backward`: nothing else is as large as x.
+
+    Attributes:
+        x: In its own dtype.
+        scale: `(features,)` or None.
+        mask: Boolean, or None.
+        moments: Of the batch; vectors.
+        axis_index: The index of this device on named axes, or None.
+        bias_dtype: That of the bias, None where there is none.
+        config: What is static.
+    """
 
     x: jax.Array
     scale: jax.Array | None

@@ -1,5 +1,7 @@
 """y = (x - mean) rstd scale + bias, with the moments given: plain JAX, no rule."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +9,18 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _checks
 from jaxbn._axes import Axis, Features, cast, centered, zero_masked
+
+
+class Params(NamedTuple):
+    """Learned parameters.
+
+    Attributes:
+        scale: `(features,)` or None.
+        bias: `(features,)` or None.
+    """
+
+    scale: jax.Array | None
+    bias: jax.Array | None
 
 
 def normalize(

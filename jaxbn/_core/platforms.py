@@ -88,12 +88,14 @@ def _pair_sum_jvp(primals, tangents, *, axes):
 
 
 def _pair_sum_batch(arrays, dims, *, axes):
-    (a, b), (at_a, at_b) = arrays, dims
-    size = b.shape[at_b] if at_a is None else a.shape[at_a]
-    a, b = (
-        batching.bdim_at_front(array, at, size) for array, at in ((a, at_a), (b, at_b))
-    )
-    return _pair_sum.bind(a, b, axes=tuple(axis + 1 for axis in axes)), (0, 0)
+    mapped_axes = tuple(axis + 1 for axis in axes)
+    if None in dims:  # not to be broadcast: nobody knows on which mesh
+        return [
+            x.sum(axes) if at is None else jnp.moveaxis(x, at, 0).sum(mapped_axes)
+            for x, at in zip(arrays, dims, strict=True)
+        ], [None if at is None else 0 for at in dims]
+    a, b = (jnp.moveaxis(x, at, 0) for x, at in zip(arrays, dims, strict=True))
+    return _pair_sum.bind(a, b, axes=mapped_axes), (0, 0)
 
 
 _pair_sum = Primitive("pair_sum")

@@ -203,15 +203,18 @@ _PLAIN = (int, float, complex, str, type, np.dtype, np.generic)
 def _compiled_pass(
     adapter: Adapter, sequential: bool, static: Kwargs
 ) -> Callable[..., list[_Layer]]:
-    """Return the jitted `_record`, the same one as long as the model lives.
+    """Return the jitted `_record`, the same one in each call while the model lives.
 
-    Return a new one in each call if the model or an option cannot be hashed, or if an
-    option is anything but arrays or plain values.
+    Models that are equal share it. Return a new one in each call if the model or an
+    option cannot be hashed, or if an option is anything but arrays or plain values.
     """
     call, definition = type(adapter).call, adapter.definition
     new = jax.jit(functools.partial(_record, call, definition, sequential, static))
     if _holds_only(static, _PLAIN):
-        key = call, definition, sequential, tuple(sorted(static.items()))
+        leaves, structure = jax.tree.flatten(static)
+        # By their words, since 1 == True == 1.0, and a type by itself.
+        words = [v if isinstance(v, type) else (type(v), repr(v)) for v in leaves]
+        key = call, definition, sequential, structure, tuple(words)
         with contextlib.suppress(TypeError):
             return _PASSES.setdefault(adapter.model, {}).setdefault(key, new)
     return new

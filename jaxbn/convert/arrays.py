@@ -14,10 +14,14 @@ from jax.typing import ArrayLike
 
 from jaxbn import _checks
 from jaxbn._axes import accumulation_dtype
-from jaxbn._core.batch_norm import Params
+from jaxbn._core.normalize import Params
 from jaxbn._core.running import State, check_state
 
-KINDS = {np.inexact: "floats", np.integer: "ints", np.number: "numbers"}
+KINDS: dict[type, str] = {
+    np.inexact: "floats",
+    np.integer: "ints",
+    np.number: "numbers",
+}
 
 
 def to_numpy(value: Any) -> np.ndarray:

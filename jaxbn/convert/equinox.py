@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 
 from jaxbn._checks import kind
-from jaxbn._core.batch_norm import Params
+from jaxbn._core.normalize import Params
 from jaxbn._core.running import State, new_state
 from jaxbn.convert.arrays import debias_divisor, from_layer_like, to_layer
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbn._checks import check_instance, check_mapping, check_share
-from jaxbn._core.batch_norm import Params
+from jaxbn._core.normalize import Params
 from jaxbn._core.running import State
 from jaxbn.convert.arrays import (
     debias_divisor,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._core.batch_norm import Params
+from jaxbn._core.normalize import Params
 from jaxbn._core.running import State
 from jaxbn.convert.arrays import from_layer, to_layer
 

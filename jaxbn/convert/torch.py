@@ -9,7 +9,7 @@ import numpy as np
 from jax.tree_util import DictKey
 
 from jaxbn._checks import check_iterable, check_mapping, check_path, check_variables
-from jaxbn._core.batch_norm import Params
+from jaxbn._core.normalize import Params
 from jaxbn._core.running import State
 from jaxbn.convert.arrays import from_layer, refuse, to_count, to_layer, to_numbers
 

@@ -12,9 +12,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _checks
 from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
-from jaxbn._core.batch_norm import Params, normalize_and_update
+from jaxbn._core.batch_norm import normalize_and_update
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.moments import Moments, merge_moments
+from jaxbn._core.normalize import Params
 from jaxbn._core.renorm import Limit, ramp_d_max, ramp_r_max
 from jaxbn._core.running import Momentum, State, new_state
 from jaxbn._models.measure import empty_moments

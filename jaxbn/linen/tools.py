@@ -93,7 +93,7 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Izmailov
     et al., "Averaging Weights Leads to Wider Optima", 2018.
     """
-    adapter = LinenModel(model)
+    adapter = _LinenModel(model)
     _checks.check_variables(variables, "batch_stats")
     return recalibrated(
         adapter,
@@ -174,7 +174,7 @@ def inspect_statistics(
         )
         for path in paths
     }
-    adapter = None if batches is None else LinenModel(model)
+    adapter = None if batches is None else _LinenModel(model)
     return inspected(layers, adapter, variables, batches, apply_kwargs)
 
 
@@ -227,13 +227,13 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
     return unflatten_dict({path: path not in decayed_not for path in params})
 
 
-class LinenModel:
+class _LinenModel:
     """A Linen model as the tools see it; its variables are those of Flax."""
 
     def __init__(self, model: Any):
         check_module(model)
-        self.model = model
-        self.definition = model.clone()  # equal to the model, and does not hold it
+        self.model: Any = model
+        self.definition: Any = model.clone()  # equal to the model, and does not hold it
 
     @staticmethod
     def call(

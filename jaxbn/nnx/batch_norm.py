@@ -15,8 +15,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _checks
 from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
-from jaxbn._core.batch_norm import Params, normalize_and_update
+from jaxbn._core.batch_norm import normalize_and_update
 from jaxbn._core.devices import AxisIndexGroups, AxisName
+from jaxbn._core.normalize import Params
 from jaxbn._core.platforms import traced_only
 from jaxbn._core.renorm import Limit, ramp_d_max, ramp_r_max
 from jaxbn._core.running import Momentum, State, new_state
@@ -136,9 +137,8 @@ class BatchNorm(BatchNormBase, nnx.Module):
                 own.
             use_fast_variance: Accepted and ignored: the variance is always stable.
             promote_dtype: Given (x, scale, bias) and `dtype`, returns what to use in
-                their place. By default these stay as they are, since the arithmetic
-                is in float32 at least; `flax.nnx.nn.dtypes.promote_dtype` rounds them
-                to `dtype`, as Flax does. The running statistics are never rounded.
+                their place. By default they stay, since the arithmetic is in float32
+                at least; `flax.nnx.nn.dtypes.promote_dtype` rounds them to `dtype`.
             rngs: Its `params` are drawn for scale, then bias, where used.
             bias_metadata: Of the bias, such as its sharding.
             scale_metadata: Of the scale.
@@ -166,9 +166,9 @@ class BatchNorm(BatchNormBase, nnx.Module):
         self.axis_index_groups = axis_index_groups
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
-        self.running_variance = running_variance
+        self.running_variance: RunningVariance = running_variance
         self.debias = debias
-        self.derivative = derivative
+        self.derivative: Derivative = derivative
         self.ghost_batch_size = ghost_batch_size
 
         shape = _checks.check_num_features(num_features)
@@ -319,9 +319,34 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
     ):
         """Make scale 1, bias 0, running mean 0, variance 1, and no updates.
 
-        The other arguments are those of `BatchNorm`. `r_max`, at least 1, and `d_max`,
-        at least 0, are numbers or schedules (functions, such as optax's, of the number
-        of updates).
+        Args:
+            num_features: As for `BatchNorm`.
+            r_max: At least 1: a number or a schedule (a function, such as optax's) of
+                the number of updates. A schedule may return one entry per feature.
+            d_max: At least 0; a number or a schedule, as `r_max`.
+            use_running_average: As for `BatchNorm`.
+            axis: As for `BatchNorm`.
+            momentum: As for `BatchNorm`.
+            epsilon: As for `BatchNorm`.
+            dtype: As for `BatchNorm`.
+            param_dtype: As for `BatchNorm`.
+            use_bias: As for `BatchNorm`.
+            use_scale: As for `BatchNorm`.
+            bias_init: As for `BatchNorm`.
+            scale_init: As for `BatchNorm`.
+            axis_name: As for `BatchNorm`.
+            axis_index_groups: As for `BatchNorm`.
+            use_fast_variance: As for `BatchNorm`.
+            promote_dtype: As for `BatchNorm`.
+            rngs: As for `BatchNorm`.
+            bias_metadata: As for `BatchNorm`.
+            scale_metadata: As for `BatchNorm`.
+            running_variance: As for `BatchNorm`.
+            debias: As for `BatchNorm`.
+            derivative: As for `BatchNorm`.
+
+        Raises:
+            TypeError: As for `BatchNorm`, or a limit is an array.
         """
         super().__init__(
             num_features,

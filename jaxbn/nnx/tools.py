@@ -65,7 +65,7 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Izmailov
     et al., "Averaging Weights Leads to Wider Optima", 2018.
     """
-    adapter = NnxModel(model)
+    adapter = _NnxModel(model)
     new = recalibrated(
         adapter,
         adapter.variables,
@@ -108,7 +108,7 @@ def inspect_statistics(
         >>> print(layer.kl.round(3), layer.worst_channel)
         [0.5 4.5] (1,)
     """
-    adapter = NnxModel(model)
+    adapter = _NnxModel(model)
     layers = {
         path: Layer(
             norm.mean[...],
@@ -166,13 +166,14 @@ def weight_decay_mask(
     return nnx.from_flat_state([(path, path not in decayed_not) for path, _ in params])
 
 
-class NnxModel:
+class _NnxModel:
     """An NNX model as the tools see it; its variables are its state."""
 
     def __init__(self, model: nnx.Module):
         check_module(model)
         self.model = model
-        self.definition, self.variables = nnx.split(model)
+        split: tuple[Any, Any] = nnx.split(model)
+        self.definition, self.variables = split
 
     @staticmethod
     def call(

@@ -179,3 +179,13 @@ def test_channel_first_and_inference():
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
         jaxbn.ghost_batch_norm(data(), PARAMS, jaxbn.init(3)[1], train=True, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (8, 0, 3), (8, 0)], ids=str)
+def test_nothing_to_count(shape):
+    params, state = jaxbn.init(shape[-1])
+    y, new = jaxbn.ghost_batch_norm(
+        jnp.ones(shape), params, state, train=True, ghost_batch_size=2
+    )
+    assert y.shape == shape
+    assert new.num_updates == 0

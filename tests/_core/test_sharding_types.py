@@ -175,3 +175,19 @@ def test_one_count_for_shards_of_features(options, spoiled):
     )
     args = x, params, state
     assert_same(jax.jit(sharded)(*args), jax.jit(whole)(*args))
+
+
+def test_vmap_over_an_explicit_axis_of_an_unmapped_cotangent():
+    """The cotangent was made outside the mesh, and nobody tells it of the mesh."""
+    x, dy, params, state = draw(2)
+    dy = jnp.asarray(dy[0])
+    devices = mesh(m=2, kind=EXPLICIT)
+
+    def dx(x):
+        f = functools.partial(jaxbn.batch_norm, params=params, state=state, train=True)
+        return jax.vjp(lambda x: f(x)[0], x)[1](dy)[0]
+
+    want = [jax.jit(dx)(row) for row in x]
+    with jax.set_mesh(devices):
+        got = jax.jit(jax.vmap(dx))(put(devices, x, P("m")))
+    assert_same(got, jnp.stack(want))

@@ -175,3 +175,19 @@ def test_a_dead_model_is_freed(hold):
     gc.collect()
     assert dead() is None
     assert len(measure._PASSES) == before
+
+
+def test_options_that_compare_equal_are_told_apart():
+    """For Python 1 == True == 1.0, and so for a dictionary of compiled passes."""
+
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x, factor=1):
+            x = x * (100.0 if isinstance(factor, bool) else 1.0)
+            return jaxbn.linen.BatchNorm(use_running_average=True)(x)
+
+    model, x = Scaled(), jnp.arange(20.0).reshape(10, 2)
+    variables = model.init(jax.random.key(0), x)
+    for factor, mean in ((1, 9), (True, 900), (1.0, 9), (True, 900)):
+        new = jaxbn.linen.recalibrate(model, variables, [x], factor=factor)
+        assert new["batch_stats"]["BatchNorm_0"]["mean"][0] == mean
