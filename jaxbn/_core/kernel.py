@@ -202,13 +202,15 @@ def backward(
     a = rstd if cache.scale is None else rstd * cast(cache.scale, dtype)
     sums = jnp.stack([a * dbias, (a * dscale).real.astype(dtype)])
     sums = config.devices.sum(sums, cache.axis_index)
-    divisor = jnp.maximum(num_elements, 1).astype(dtype)
-    on_one, on_x_hat = (total / divisor for total in sums)
+    # Divided last, and by no constant (0 * NaN is NaN): XLA stores a quotient. It would
+    # compute a product for each element of x.
+    divisor = jnp.maximum(num_elements, 1).astype(dtype) + 0 * rstd
+    on_one, on_centered = sums[0], rstd * sums[1]
+    level = (on_one - on_centered * tail.conj()) / divisor
+    slope = on_centered / divisor
 
-    x, dy, head, on_x_hat = barrier_on_cpu(x, dy, head, on_x_hat)
+    x, dy, head, slope = barrier_on_cpu(x, dy, head, slope)
     g = zero_masked(dy.astype(dtype), mask)
-    slope = rstd * on_x_hat
-    level = on_one - slope * tail.conj()
     conj = centered(x, head, mask, config.features).conj()
     dx = expand(a) * g - expand(level) - expand(slope) * conj
     return (

@@ -206,7 +206,8 @@ def _local_moments(
     squares = abs_squared(centered(x, shift, mask, features)).sum(reduced)
     square = squares / divisor
     # An infinite square stays one; inf - inf would be NaN.
-    var = square - jnp.where(jnp.isfinite(square), abs_squared(offset), 0)
+    largest = float(jnp.finfo(square.dtype).max)
+    var = square - jnp.minimum(abs_squared(offset), largest)
     # Not below 0. (jnp.maximum would halve the derivatives at 0, of a constant x.)
     var -= lax.stop_gradient(jnp.minimum(var, 0))
     return SplitMoments(num_elements, *_split(shift, offset), var)
