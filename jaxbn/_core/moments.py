@@ -86,12 +86,11 @@ def batch_moments(
     bfloat16 are reduced in float32, that nothing to count gives zeros instead of NaN,
     and that values under the mask never matter, NaN included.
 
-    With `axis_name` the devices' counts, means and variances travel in one all-reduce,
-    as the rows of a table, and are merged exactly (Chan, Golub & LeVeque 1979) with
-    weights equal to the counts. A sum of squares would need as few collectives but
-    cancels (at mean/std = 1e4 the variance is wrong by a factor of ten); a second
-    all-reduce around the common mean is as exact as the table, which was chosen for
-    having one latency instead of two. A table has (devices, 3, features) entries.
+    With `axis_name` the counts, the means (in two parts) and the variances of the
+    devices travel in one all-reduce, as the rows of a table (devices, 4, features), and
+    are merged exactly with weights equal to the counts (Chan, Golub & LeVeque 1979). A
+    sum of squares would need as few collectives, but it cancels: at mean/std = 1e4 the
+    variance is wrong by a factor of ten.
 
     Args:
         x: Floating point or complex, of any rank >= 1.

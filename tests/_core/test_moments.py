@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, DTYPES, assert_close, case_ids, fuses_sums
+from cases import CASES, DTYPES, FUSES_SUMS, assert_close, case_ids, fuses_sums
 from devices import mesh
 from jax.sharding import PartitionSpec as P
 
@@ -205,6 +205,8 @@ def assert_exact(got, wanted, bounds=(2e-6, 1.5e-6, 1.5e-6, 1.5e-6, 4e-7), where
     names = "var", "y", "dx", "dscale", "mean"
     for name, a, b, size, bound in zip(names, got, wanted, sizes, bounds, strict=True):
         error = (abs(np.float64(a) - b) / size).max()
+        if not FUSES_SUMS:  # XLA:CPU adds up in another order before jaxlib 0.10.2
+            bound = 10 * bound
         assert error <= bound, f"{name} {where}: {error:.1e}"
 
 

@@ -177,6 +177,9 @@ def test_one_count_for_shards_of_features(options, spoiled):
     assert_same(jax.jit(sharded)(*args), jax.jit(whole)(*args))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="JAX mixes up the meshes by itself"
+)
 def test_vmap_over_an_explicit_axis_of_an_unmapped_cotangent():
     """The cotangent was made outside the mesh, and nobody tells it of the mesh."""
     x, dy, params, state = draw(2)
