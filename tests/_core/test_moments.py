@@ -343,6 +343,14 @@ def test_second_derivatives():
     np.testing.assert_allclose(far, near, rtol=0, atol=1e-5 * abs(near).max())
 
 
+def test_second_derivatives_of_the_variance_of_a_constant():
+    """At its smallest value it is still the quadratic function that it is."""
+    x = jnp.full((20, 1), 3.0)
+    hessian = jax.hessian(lambda x: jaxbn.batch_moments(x).var.sum())(x)
+    wanted = 2 / 20 * (np.eye(20) - 1 / 20)
+    np.testing.assert_allclose(hessian[:, 0, :, 0], wanted, rtol=0, atol=1e-6)
+
+
 def test_vmap_is_a_loop():
     ratios = (0.0, 1e6, 1e2)
     drawn = [draw((100, FEATURES), ratio=ratio) for ratio in ratios]
