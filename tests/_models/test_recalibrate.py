@@ -281,3 +281,13 @@ def test_boxed_statistics_stay_boxed(trained):
     boxed = variables | {"batch_stats": jax.tree.map(box, variables["batch_stats"])}
     got = recalibrate(Net(), boxed, [x], train=True)["batch_stats"]
     jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(box, want))
+
+
+def test_a_feature_that_nothing_was_counted_for_keeps_its_statistics():
+    x = jnp.arange(12.0).reshape(6, 2)
+    mask = jnp.array([True, False])[None]
+    norm = BatchNorm(use_running_average=True)
+    variables = norm.init(jax.random.key(0), x)
+    new = recalibrate(norm, variables, [{"x": x, "mask": mask}])["batch_stats"]
+    np.testing.assert_allclose(new["mean"], [5, 0])
+    np.testing.assert_allclose(new["var"], [x[:, 0].var(), 1], rtol=1e-6)
