@@ -14,7 +14,7 @@ from jaxbn._axes import Axis, Features
 from jaxbn._checks import Derivative, RunningVariance
 from jaxbn._core.batch_norm import Options
 from jaxbn._core.devices import AxisIndexGroups, AxisName
-from jaxbn._core.renorm import Limit, check_limits
+from jaxbn._core.renorm import Limit
 from jaxbn._core.running import Averaging, Momentum
 
 
@@ -73,6 +73,7 @@ def check_limit_fields(r_max: Limit, d_max: Limit) -> None:
     """Refuse limits of batch renorm that a module cannot keep as an attribute.
 
     An array cannot be hashed, as nn.jit needs it, and NNX would put it into the state.
+    Their values are checked in the call.
     """
     for name, limit in (("r_max", r_max), ("d_max", d_max)):
         if isinstance(limit, jax.Array | np.ndarray):
@@ -80,7 +81,6 @@ def check_limit_fields(r_max: Limit, d_max: Limit) -> None:
                 f"`{name}` must be a Python number or a schedule in a module; got an "
                 "array (write a schedule: lambda num_updates: array)"
             )
-    check_limits(r_max, d_max)
 
 
 def as_input(
