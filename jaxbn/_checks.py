@@ -25,11 +25,7 @@ def kind(value: object) -> str:
 
 
 def check_instance(
-    name: str,
-    value: object,
-    cls: type | tuple[type, ...],
-    needed: str,
-    hint: str = "",
+    name: str, value: object, cls: type | tuple[type, ...], needed: str, hint: str = ""
 ) -> None:
     """Refuse what is not an instance of `cls`; `needed` names that class."""
     if not isinstance(value, cls):

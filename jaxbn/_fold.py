@@ -196,11 +196,7 @@ def _check_bias(bias: ArrayLike, *terms: jax.Array | None) -> jax.Array:
 
 
 def _check_norm(
-    params: Params,
-    state: State,
-    kernel: jax.Array,
-    features: Features,
-    groups: int = 1,
+    params: Params, state: State, kernel: jax.Array, features: Features, groups: int = 1
 ) -> Norm:
     """Return the batch norm's four vectors as arrays that fit the kernel."""
     check_instance("params", params, Params, "a jaxbn.Params")

@@ -14,6 +14,10 @@ from jaxbn._core.running import State
 from jaxbn._fold import fold, fold_before
 
 Path = tuple[str, ...]
+ModulePath = str | Sequence[str]
+Options = Mapping[str, Any]
+Pair = tuple[ModulePath, ModulePath] | tuple[ModulePath, ModulePath, Options]
+Tree = dict[str, Any]
 LAYER, NORM = "layer", "batch norm"
 
 
@@ -26,13 +30,13 @@ class _Pair(NamedTuple):
     layer: Path
     norm: Path
     norm_is_after: bool
-    options: Mapping[str, Any]
+    options: Options
     words: str
 
 
 def fold_tree(
-    variables: Mapping[str, Any], pairs: Iterable[Any], *, epsilon: float = 1e-5
-) -> dict[str, Any]:
+    variables: Mapping[str, Any], pairs: Iterable[Pair], *, epsilon: float = 1e-5
+) -> Tree:
     """Return variables of a Flax model without the batch norms that `pairs` name.
 
     Apply them with the same model, but leave these batch norms out and set
@@ -114,7 +118,7 @@ def fold_tree(
     return tree
 
 
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _copied(tree: Mapping[str, Any]) -> Tree:
     """Return the tree with new dictionaries and the same arrays."""
     return {
         name: _copied(value) if isinstance(value, Mapping) else value
@@ -122,7 +126,7 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at(tree: Mapping[str, Any], collection: str, path: Path) -> dict[str, Any]:
+def _at(tree: Tree, collection: str, path: Path) -> Tree:
     """Return what is at `path`, arrays and modules; nothing there is an empty dict."""
     here: Any = tree.get(collection, {})
     for name in path:
@@ -130,7 +134,7 @@ def _at(tree: Mapping[str, Any], collection: str, path: Path) -> dict[str, Any]:
     return here if isinstance(here, dict) else {}
 
 
-def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
+def _read(tree: Tree, pair: Sequence[Any]) -> _Pair:
     """Return the pair after its checks, with layer and batch norm told apart."""
     many = isinstance(pair, Sequence) and not isinstance(pair, str)
     if not (many and len(pair) in (2, 3)):
@@ -158,7 +162,7 @@ def _read(tree: Mapping[str, Any], pair: Any) -> _Pair:
     return _Pair(layer, norm, after, options, words)
 
 
-def _kind(tree: Mapping[str, Any], path: Path) -> str:
+def _kind(tree: Tree, path: Path) -> str:
     """Return NORM or LAYER, by the arrays that the module holds."""
     if {"mean", "var"} <= set(_at(tree, "batch_stats", path)):
         return NORM
@@ -186,17 +190,17 @@ def _check_uses(pairs: Sequence[_Pair]) -> None:
             )
 
 
-def _unboxed(box: Any) -> Any:
+def _unboxed(box: object) -> Any:
     """Return the array in a box with metadata, of any class, or the array itself."""
     return next(iter(jax.tree.leaves(box)), None)
 
 
-def _boxed_as(old: Any, array: jax.Array) -> Any:
+def _boxed_as(old: object, array: jax.Array) -> object:
     """Return the array in a box like `old`, if that is one."""
     return array if old is None else jax.tree.structure(old).unflatten([array])
 
 
-def _drop(tree: dict[str, Any], path: Path, names: Sequence[str]) -> None:
+def _drop(tree: Tree, path: Path, names: Sequence[str]) -> None:
     """Remove the arrays, and every dictionary that is empty without them."""
     if not path:
         for name in names:

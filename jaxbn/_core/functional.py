@@ -85,21 +85,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
     """
-    return _apply(
-        x,
-        params,
-        state,
-        mask,
-        axis,
-        train,
-        Options(
-            epsilon,
-            Averaging(momentum, running_variance, debias),
-            axis_name,
-            axis_index_groups,
-            derivative,
-        ),
-    )
+    averaging = Averaging(momentum, running_variance, debias)
+    options = Options(epsilon, averaging, axis_name, axis_index_groups, derivative)
+    return _apply(x, params, state, mask, axis, train, options)
 
 
 def ghost_batch_norm(
@@ -131,22 +119,17 @@ def ghost_batch_norm(
 
     Args:
         x: As for `batch_norm`; axis 0 is the batch, and no feature axis.
-        params: As for `batch_norm`.
-        state: As for `batch_norm`.
+        params, state: As for `batch_norm`.
         train: True normalizes by the ghost batches, False by `state`.
         ghost_batch_size: Rows, along axis 0, of one ghost batch; divides the batch. (A
             batch that it does not divide can be padded, with a mask for the padding.)
         momentum: As for `batch_norm`, for each ghost batch.
-        epsilon: As for `batch_norm`.
-        axis: As for `batch_norm`.
-        mask: As for `batch_norm`.
+        epsilon, axis, mask: As for `batch_norm`.
         axis_name: Named axes whose devices merge their running statistics: as if their
             ghost batches had come in turn, device after device. The ghost batches stay
             on their devices.
         axis_index_groups: As for `batch_norm`, of the running statistics.
-        running_variance: As for `batch_norm`.
-        debias: As for `batch_norm`.
-        derivative: As for `batch_norm`.
+        running_variance, debias, derivative: As for `batch_norm`.
 
     Returns:
         y, with x's shape and dtype, and the new state; its count rises by the number
@@ -170,22 +153,12 @@ def ghost_batch_norm(
     Source: Hoffer, Hubara & Soudry, "Train longer, generalize better", 2017,
     algorithm 1.
     """
-    return _apply(
-        x,
-        params,
-        state,
-        mask,
-        axis,
-        train,
-        Options(
-            epsilon,
-            Averaging(momentum, running_variance, debias),
-            axis_name,
-            axis_index_groups,
-            derivative,
-            ghost_batch_size=check_size(ghost_batch_size),
-        ),
+    size = check_size(ghost_batch_size)
+    averaging = Averaging(momentum, running_variance, debias)
+    options = Options(
+        epsilon, averaging, axis_name, axis_index_groups, derivative, size
     )
+    return _apply(x, params, state, mask, axis, train, options)
 
 
 def batch_renorm(
@@ -219,22 +192,14 @@ def batch_renorm(
     `batch_norm` for r_max=1, d_max=0, and always in inference.
 
     Args:
-        x: As for `batch_norm`.
-        params: As for `batch_norm`.
-        state: As for `batch_norm`.
+        x, params, state: As for `batch_norm`.
         train: True normalizes by the batch, corrected towards `state`.
         r_max: At least 1: a number, an array, or a schedule (any function, such as
             optax's, of `state.num_updates`). By default the paper's ramp.
         d_max: At least 0; a number, an array or a schedule, as `r_max`.
-        momentum: As for `batch_norm`.
         epsilon: As for `batch_norm`; std is sqrt(var + epsilon) here too.
-        axis: As for `batch_norm`.
-        mask: As for `batch_norm`.
-        axis_name: As for `batch_norm`.
-        axis_index_groups: As for `batch_norm`.
-        running_variance: As for `batch_norm`.
-        debias: As for `batch_norm`.
-        derivative: As for `batch_norm`.
+        momentum, axis, mask, axis_name, axis_index_groups: As for `batch_norm`.
+        running_variance, debias, derivative: As for `batch_norm`.
 
     Returns:
         y, with x's shape and dtype, and the new state, updated as by `batch_norm`.
@@ -256,22 +221,17 @@ def batch_renorm(
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", 2017, algorithm 1.
     """
-    return _apply(
-        x,
-        params,
-        state,
-        mask,
-        axis,
-        train,
-        Options(
-            epsilon,
-            Averaging(momentum, running_variance, debias),
-            axis_name,
-            axis_index_groups,
-            derivative,
-            limits=(r_max, d_max),
-        ),
+    averaging = Averaging(momentum, running_variance, debias)
+    options = Options(
+        epsilon,
+        averaging,
+        axis_name,
+        axis_index_groups,
+        derivative,
+        None,
+        (r_max, d_max),
     )
+    return _apply(x, params, state, mask, axis, train, options)
 
 
 def _apply(

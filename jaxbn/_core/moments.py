@@ -24,7 +24,7 @@ a sum, and that of the offset a division by what is no constant: XLA stores eith
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,10 +170,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def moments(
-    x: jax.Array,
-    mask: jax.Array | None,
-    features: Features,
-    devices: Devices,
+    x: jax.Array, mask: jax.Array | None, features: Features, devices: Devices
 ) -> SplitMoments:
     """Return the moments of arguments that were checked, with the mean in two parts."""
     batch = _local_moments(x, mask, features)
@@ -213,10 +210,7 @@ def _local_moments(
 
 
 def _shift(
-    x: jax.Array,
-    mask: jax.Array | None,
-    features: Features,
-    divisor: jax.Array,
+    x: jax.Array, mask: jax.Array | None, features: Features, divisor: jax.Array
 ) -> jax.Array:
     """Return the mean of a part of x, or of all where no part is known: a constant."""
     dtype = _axes.accumulation_dtype(x.dtype)
@@ -284,7 +278,7 @@ def _count(x: jax.Array, mask: jax.Array | None, features: Features) -> jax.Arra
     return jnp.broadcast_to(count, [x.shape[i] for i in features])
 
 
-def check_moments(name: str, moments: Any) -> Moments:
+def check_moments(name: str, moments: Moments) -> Moments:
     """Return `moments` with arrays that fit each other."""
     _checks.check_instance(name, moments, Moments, "a jaxbn.Moments")
     num_elements = _checks.as_array(f"{name}.num_elements", moments.num_elements)

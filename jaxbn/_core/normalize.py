@@ -83,12 +83,7 @@ def check_arguments(
     epsilon: float,
     axis: Axis,
 ) -> tuple[
-    jax.Array,
-    jax.Array | None,
-    jax.Array | None,
-    jax.Array | None,
-    Features,
-    float,
+    jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, Features, float
 ]:
     """Return x, scale, bias and mask as arrays that fit; feature axes; epsilon."""
     x = _checks.check_x(x)

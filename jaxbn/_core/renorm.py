@@ -1,7 +1,6 @@
 """Batch renorm: the correction of a batch towards the running statistics."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +118,7 @@ def limit_now(
     return jnp.broadcast_to(value.astype(like.dtype), like.shape)
 
 
-def _real(name: str, value: Any) -> jax.Array:
+def _real(name: str, value: ArrayLike) -> jax.Array:
     """Return `value` as an array of real numbers."""
     array = _checks.as_array(name, value)
     if jnp.iscomplexobj(array) or array.dtype == jnp.bool_:

@@ -1,7 +1,7 @@
 """Running statistics: the state of a batch norm and its one update rule."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,7 @@ def update_state(
     Args:
         state: Running statistics.
         moments: Of the batch, from `batch_moments` or `merge_moments`.
-        momentum: As for `batch_norm`.
-        running_variance: As for `batch_norm`.
-        debias: As for `batch_norm`.
+        momentum, running_variance, debias: As for `batch_norm`.
 
     Returns:
         The new state; as it was where nothing was counted or something is not finite.
@@ -172,7 +170,7 @@ def blend(
 
 
 def check_state(
-    state: Any, x: jax.Array, features: Features, x_name: str = "x"
+    state: State, x: jax.Array, features: Features, x_name: str = "x"
 ) -> State:
     """Return `state` with arrays that fit x, so that its dtypes can be kept."""
     _checks.check_instance("state", state, State, "a jaxbn.State")

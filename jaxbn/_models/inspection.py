@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxbn._core.moments import Moments
 from jaxbn._models.measure import Adapter, Kwargs, Measurement, Path, PyTree
@@ -132,9 +133,9 @@ class LayerStatistics:
 class Layer(NamedTuple):
     """The arrays of one batch norm, of any kind, and its epsilon."""
 
-    mean: Any
-    var: Any
-    scale: Any
+    mean: ArrayLike
+    var: ArrayLike
+    scale: ArrayLike | None
     epsilon: float
 
 
@@ -161,7 +162,7 @@ def inspected(
 def _record(path: Path, layer: Layer, data: Moments | None) -> LayerStatistics:
     path = tuple(map(str, path))
 
-    def double(name: str, array: Any) -> Any:
+    def double(name: str, array: ArrayLike) -> Any:
         word = "/".join((*path, name))
         array = to_numbers("A model's variables", word, array, np.number)
         return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)

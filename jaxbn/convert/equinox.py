@@ -11,10 +11,14 @@ from jaxbn._core.normalize import Params
 from jaxbn._core.running import State, new_state
 from jaxbn.convert.arrays import debias_divisor, from_layer_like, to_layer
 
+# `equinox.nn.BatchNorm` and `equinox.nn.State`, which are not imported.
+Layer = Any
+LayerState = Any
+
 WORDS = ("weight", "bias", "running_mean", "running_var")
 
 
-def from_equinox(layer: Any, layer_state: Any) -> tuple[Params, State]:
+def from_equinox(layer: Layer, layer_state: LayerState) -> tuple[Params, State]:
     """Return the parameters of an `equinox.nn.BatchNorm`, and its inference statistics.
 
     Equinox's `momentum` means the same as in jaxbn, and both keep the biased variance.
@@ -58,8 +62,8 @@ def from_equinox(layer: Any, layer_state: Any) -> tuple[Params, State]:
 
 
 def to_equinox(
-    params: Params, state: State, layer: Any, layer_state: Any
-) -> tuple[Any, Any]:
+    params: Params, state: State, layer: Layer, layer_state: LayerState
+) -> tuple[Layer, LayerState]:
     """Return Equinox's layer and state with a batch norm of jaxbn put in.
 
     Inference agrees. `from_equinox` lists the limits of training in Equinox.
@@ -108,7 +112,7 @@ def to_equinox(
 
 
 def _read(
-    layer: Any, layer_state: Any
+    layer: Layer, layer_state: LayerState
 ) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]:
     """Return the layer's indices into the state, and mean, variance and count there."""
     mode = getattr(layer, "mode", None)
@@ -128,6 +132,6 @@ def _read(
         ) from error
 
 
-def _divisor(layer: Any, count: jax.Array) -> jax.Array | int:
+def _divisor(layer: Layer, count: jax.Array) -> jax.Array | int:
     """Return what Equinox's inference divides its averages by, in mode "batch"."""
     return debias_divisor(layer.momentum, count) if count else 1

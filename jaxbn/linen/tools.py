@@ -174,7 +174,7 @@ def inspect_statistics(
         )
         for path in paths
     }
-    adapter = None if batches is None else _LinenModel(model)
+    adapter = None if model is None else _LinenModel(model)
     return inspected(layers, adapter, variables, batches, apply_kwargs)
 
 
@@ -217,7 +217,7 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
             decayed_not.update({(*path, "scale"), (*path, "bias")})
         return method(*args, **kwargs)
 
-    def init() -> Any:
+    def init() -> PyTree:
         key, mutable = jax.random.key(0), all_but("intermediates")
         return model.lazy_init(key, *args, mutable=mutable, **kwargs)
 
@@ -230,10 +230,12 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
 class _LinenModel:
     """A Linen model as the tools see it; its variables are those of Flax."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: nn.Module):
         check_module(model)
-        self.model: Any = model
-        self.definition: Any = model.clone()  # equal to the model, and does not hold it
+        self.model = model
+        self.definition: nn.Module = (
+            model.clone()
+        )  # equal to the model, and does not hold it
 
     @staticmethod
     def call(
@@ -248,7 +250,7 @@ class _LinenModel:
             _, updates = definition.apply(
                 variables, *args, mutable=all_but("params"), **kwargs
             )
-        flat: dict[Any, Any] = dict(flatten_dict(updates.get("batch_stats", {})))
+        flat = _flattened(updates.get("batch_stats", {}))
         return {
             path: Moments(*(flat[*path, name] for name in RECORDED))
             for path, _ in recording.called
@@ -256,7 +258,7 @@ class _LinenModel:
 
     def replace(self, variables: PyTree, new: dict[Path, Moments]) -> dict[str, Any]:
         """Return `variables` with the running statistics of the layers in `new`."""
-        flat: dict[Any, Any] = dict(flatten_dict(variables["batch_stats"]))
+        flat = _flattened(variables["batch_stats"])
         for path, moments in new.items():
             keys = (*path, "mean"), (*path, "var")
             boxes = [flat[key] for key in keys]  # with metadata, or plain arrays
@@ -280,9 +282,13 @@ def all_but(*collections: str) -> DenyList:
     return DenyList((*collections, f"jaxbn_{next(_CALLS)}"))
 
 
-def _flat(variables: Variables, name: str) -> dict[Any, Any]:
+def _flat(variables: Variables, name: str) -> dict[Path, Any]:
     tree = variables.get(name, {})
     _checks.check_instance(
         f"variables[{name!r}]", tree, (dict, FrozenDict), "a dictionary"
     )
+    return _flattened(tree)
+
+
+def _flattened(tree: Any) -> dict[Path, Any]:
     return dict(flatten_dict(tree))

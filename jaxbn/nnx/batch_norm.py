@@ -31,7 +31,9 @@ from jaxbn._models.rules import (
 )
 from jaxbn.nnx.recording import Recorded
 
-NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+Metadata = Mapping[str, Any]
+
+NO_METADATA: Metadata = MappingProxyType({})
 
 CLOSED_OVER = (
     "Cannot update the running statistics of a BatchNorm that the traced function "
@@ -107,8 +109,8 @@ class BatchNorm(BatchNormBase, nnx.Module):
         use_fast_variance: bool = True,
         promote_dtype: Any = keep_dtypes,
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = NO_METADATA,
-        scale_metadata: Mapping[str, Any] = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
         running_variance: RunningVariance = "biased",
         debias: bool = False,
         derivative: Derivative = "vjp",
@@ -182,7 +184,7 @@ class BatchNorm(BatchNormBase, nnx.Module):
         if self._keeps_count():
             self.num_updates = nnx.BatchStat(state.num_updates)
 
-        def param(used: bool, init: Any, metadata: Mapping[str, Any]) -> Any:
+        def param(used: bool, init: Initializer, metadata: Metadata) -> Any:
             if not used:
                 return nnx.data(None)
             return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
@@ -311,8 +313,8 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
         use_fast_variance: bool = True,
         promote_dtype: Any = keep_dtypes,
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = NO_METADATA,
-        scale_metadata: Mapping[str, Any] = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
         running_variance: RunningVariance = "biased",
         debias: bool = False,
         derivative: Derivative = "vjp",
@@ -324,26 +326,11 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
             r_max: At least 1: a number or a schedule (a function, such as optax's) of
                 the number of updates. A schedule may return one entry per feature.
             d_max: At least 0; a number or a schedule, as `r_max`.
-            use_running_average: As for `BatchNorm`.
-            axis: As for `BatchNorm`.
-            momentum: As for `BatchNorm`.
-            epsilon: As for `BatchNorm`.
-            dtype: As for `BatchNorm`.
-            param_dtype: As for `BatchNorm`.
-            use_bias: As for `BatchNorm`.
-            use_scale: As for `BatchNorm`.
-            bias_init: As for `BatchNorm`.
-            scale_init: As for `BatchNorm`.
-            axis_name: As for `BatchNorm`.
-            axis_index_groups: As for `BatchNorm`.
-            use_fast_variance: As for `BatchNorm`.
-            promote_dtype: As for `BatchNorm`.
-            rngs: As for `BatchNorm`.
-            bias_metadata: As for `BatchNorm`.
-            scale_metadata: As for `BatchNorm`.
-            running_variance: As for `BatchNorm`.
-            debias: As for `BatchNorm`.
-            derivative: As for `BatchNorm`.
+            use_running_average, axis, momentum, epsilon, dtype: As for `BatchNorm`.
+            param_dtype, use_bias, use_scale, bias_init, scale_init: As for `BatchNorm`.
+            axis_name, axis_index_groups, use_fast_variance: As for `BatchNorm`.
+            promote_dtype, rngs, bias_metadata, scale_metadata: As for `BatchNorm`.
+            running_variance, debias, derivative: As for `BatchNorm`.
 
         Raises:
             TypeError: As for `BatchNorm`, or a limit is an array.
