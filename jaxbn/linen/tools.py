@@ -233,9 +233,8 @@ class _LinenModel:
     def __init__(self, model: nn.Module):
         check_module(model)
         self.model = model
-        self.definition: nn.Module = (
-            model.clone()
-        )  # equal to the model, and does not hold it
+        # Equal to the model, and does not hold it.
+        self.definition: nn.Module = model.clone()
 
     @staticmethod
     def call(
