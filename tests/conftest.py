@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import compiled as compiled
+import guess
 import jax
 import pytest
 from tpu import chips as chips
@@ -20,6 +21,9 @@ collect_ignore = ["clients"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if "JAXBN_GUESS" in os.environ:
+    guess.force()
 
 QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.

@@ -4,8 +4,8 @@ XLA for GPU has no `cost_analysis`. A kernel here is an instruction of the entry
 computation, or of one that it calls, unless it only names or waits. Its bytes are its
 operands and its results; an operand that a fusion only slices counts as the slices.
 
-Limits: a loop's body counts once, each branch of a conditional counts, and an array
-that is updated in place counts whole.
+Limits: a loop's body counts once, the branches of a conditional count nothing, and an
+array that is updated in place counts whole.
 """
 
 import re
@@ -29,8 +29,10 @@ MOVES_NOTHING = {
     "after-all",
     "partition-id",
     "replica-id",
+    "conditional",
 }
-CALLS = {"call", "while", "conditional", "async-start"}
+CALLS = {"call", "while", "async-start"}
+SUMS = {"convolution", "dot", "reduce", "reduce-window"}
 VIEWS = {"bitcast", "reshape"}
 SLICES = {"slice", "dynamic-slice"}
 
@@ -67,8 +69,18 @@ class Instruction(NamedTuple):
         return NAME.findall(self.arguments)
 
 
-def traffic(program):
-    """The kernels of `program` and the bytes that they move."""
+def traffic(program, only=None):
+    """The kernels of `program` and the bytes that they move; `only` some opcodes."""
+    moved = [
+        i.nbytes + sum(reads)
+        for i, body, reads in _kernels(program)
+        if only is None or only & {inner.opcode for inner in body}
+    ]
+    return Traffic(len(moved), sum(moved))
+
+
+def _kernels(program):
+    """(instruction, what is in it, the bytes it reads of each operand) of each."""
     computations, entry = {}, None
     for match in COMPUTATION.finditer(program.as_text()):
         found = map(Instruction._make, INSTRUCTION.findall(match[0]))
@@ -76,7 +88,6 @@ def traffic(program):
         entry = match[2] if match[1] else entry
 
     def kernels(name):
-        """(instruction, the bytes it moves) of each kernel."""
         sizes = {i.name: i.nbytes for i in computations[name]}
         for i in computations[name]:
             called = [n for n in NAME.findall(i.attributes) if n in computations]
@@ -89,10 +100,9 @@ def traffic(program):
                     _read(body, position, sizes[operand])
                     for position, operand in enumerate(i.operands)
                 ]
-                yield i, i.nbytes + sum(reads)
+                yield i, body, reads
 
-    moved = [nbytes for _, nbytes in kernels(entry)]
-    return Traffic(len(moved), sum(moved))
+    return kernels(entry)
 
 
 def _read(body, position, whole):
@@ -112,8 +122,8 @@ def _read(body, position, whole):
 
 
 def collectives(program):
-    """How many of each kind a program has, those that it has."""
-    found = re.findall(
-        rf" ({'|'.join(COLLECTIVES.split())})(?:-start)?\(", program.as_text()
-    )
-    return {kind: found.count(kind) for kind in found}
+    """How many of each kind a program has, those that it has, out of branches."""
+    opcodes = [i.opcode.removesuffix("-start") for i, *_ in _kernels(program)]
+    return {
+        kind: opcodes.count(kind) for kind in COLLECTIVES.split() if kind in opcodes
+    }

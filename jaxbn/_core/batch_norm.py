@@ -168,9 +168,9 @@ def normalize_and_update(
         y, batches = ghost.normalize_ghosts(config, ghost_size, x, scale, bias, mask)
         return y, None, ghost.update_in_turn(state, batches, averaging)
     if options.limits is not None:
-        batch = moments(x, mask, features, config.devices).rounded
+        batch = moments(x, mask, features, config.devices, state.mean).rounded
         scale, bias = renorm.corrected_parameters(
             config, batch, state, scale, bias, *options.limits
         )
-    y, batch = normalize_batch(config, x, scale, bias, mask)
+    y, batch = normalize_batch(config, x, scale, bias, mask, state.mean)
     return y, batch, update(state, batch, averaging)

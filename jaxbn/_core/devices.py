@@ -140,6 +140,14 @@ def varying_beyond(a: jax.Array, b: jax.Array) -> tuple[Hashable, ...]:
     return tuple(sorted(_varying(b) - _varying(a), key=str))
 
 
+def may_branch(x: jax.Array, guess: jax.Array) -> bool:
+    """Return whether a branch on real x and `guess` is safe, and varies as x does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # If so, devices could disagree on a branch with collectives over the other axes.
+    partly = 0 < len(mesh.manual_axes) < len(mesh.axis_names)
+    return not (partly or varying_beyond(x, guess) or jnp.iscomplexobj(x))
+
+
 def all_over(names: tuple[Hashable, ...], flags: jax.Array) -> jax.Array:
     """Return where `flags` are True on all devices of the named axes."""
     if not names:

@@ -46,7 +46,8 @@ def batch_norm(
     Args:
         x: Floating point or complex, of any rank >= 1.
         params: Scale and bias with the shape of the feature axes, or None.
-        state: Running statistics, complex mean for complex x.
+        state: Running statistics, complex mean for complex x. In training on a TPU the
+            mean is the shift of the sums over x: it shows in the last digits of y.
         train: True normalizes by the batch, False by `state`. A Python bool.
         momentum: The share of the old statistics that is kept, in [0, 1], possibly
             traced. None is the average over all updates so far.

@@ -227,6 +227,7 @@ def normalize_batch(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None,
+    guess: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalize x by its own moments, and return these as constants, for the state."""
     x, scale, bias, mask = _devices.cast_to_one_varying_set(
@@ -235,12 +236,12 @@ def normalize_batch(
     scale = _devices.shard_as_features(scale, x, config.features)
     bias = _devices.shard_as_features(bias, x, config.features)
     rule = _analytic if config.derivative == "vjp" else _native
-    y, batch = rule(config, x, scale, bias, mask)
+    y, batch = rule(config, x, scale, bias, mask, guess)
     return y, lax.stop_gradient(batch)
 
 
-def _forward(config, x, scale, bias, mask):
-    batch = moments(x, mask, config.features, config.devices)
+def _forward(config, x, scale, bias, mask, guess=None):
+    batch = moments(x, mask, config.features, config.devices, guess)
     x_apart, head, tail = barrier_on_cpu(x, batch.head, batch.tail)
     y = _affine(
         config, x_apart, batch._replace(head=head, tail=tail), scale, bias, mask
@@ -260,27 +261,27 @@ def _affine(config, x, batch, scale, bias, mask):
 
 # The rule wraps the whole map from x to y, so that the moments are computed inside it:
 # given as constants, they would make every second derivative silently wrong.
-def _normalize_batch(config, x, scale, bias, mask):
-    y, cache = _forward(config, x, scale, bias, mask)
+def _normalize_batch(config, x, scale, bias, mask, guess):
+    y, cache = _forward(config, x, scale, bias, mask, guess)
     return y, cache.moments.rounded
 
 
-def _normalize_batch_fwd(config, x, scale, bias, mask):
-    y, cache = _forward(config, x, scale, bias, mask)
+def _normalize_batch_fwd(config, x, scale, bias, mask, guess):
+    y, cache = _forward(config, x, scale, bias, mask, guess)
     return (y, cache.moments.rounded), cache
 
 
 def _normalize_batch_bwd(config, cache, cotangents):
     del config  # in the cache
     dy, _ = cotangents  # `normalize_batch` makes the moments constants
-    return *backward(dy, cache), None
+    return *backward(dy, cache), None, None
 
 
 _analytic = jax.custom_vjp(_normalize_batch, nondiff_argnums=(0,))
 _analytic.defvjp(_normalize_batch_fwd, _normalize_batch_bwd)
 
 
-def _native(config, x, scale, bias, mask):
+def _native(config, x, scale, bias, mask, _):
     """Return the same by JAX's own differentiation, which has forward mode too."""
 
     @jax.checkpoint

@@ -13,9 +13,10 @@ mean of the rest f / (1 - f) |offset| on the other side, so that
 
     var >= f |offset|^2 + (1 - f) |f / (1 - f) offset|^2 = f / (1 - f) |offset|^2
 
-So there is no branch. The mean is kept in two parts: the head is the mean, rounded, and
-the tail is what the rounding left out. At mean/std 1e6, where a float32 mean is off by
-0.06 std, (x - head) - tail is right to 1e-7 std.
+So there is no branch, but on a TPU, which tries the running mean first (`platforms`).
+The mean is kept in two parts: the head is the mean, rounded, and the tail is what the
+rounding left out. At mean/std 1e6, where a float32 mean is off by 0.06 std,
+(x - head) - tail is right to 1e-7 std.
 
 All passes over x have to subtract the same head. XLA makes a division by a constant a
 multiplication, and computes that anew in each fusion that uses the quotient, where the
@@ -23,6 +24,7 @@ next addition may leave it unrounded (a multiply-add). So the last step of the s
 a sum, and that of the offset a division by what is no constant: XLA stores either.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -39,9 +41,10 @@ from jaxbn._core.devices import (
     AxisName,
     Devices,
     check_devices,
+    may_branch,
     num_shards,
 )
-from jaxbn._core.platforms import barrier_on_cpu
+from jaxbn._core.platforms import barrier_on_cpu, guess_on_tpu
 
 
 class Moments(NamedTuple):
@@ -170,10 +173,14 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def moments(
-    x: jax.Array, mask: jax.Array | None, features: Features, devices: Devices
+    x: jax.Array,
+    mask: jax.Array | None,
+    features: Features,
+    devices: Devices,
+    guess: jax.Array | None = None,
 ) -> SplitMoments:
     """Return the moments of arguments that were checked, with the mean in two parts."""
-    batch = _local_moments(x, mask, features)
+    batch = _local_moments(x, mask, features, guess)
     if devices.names is not None:
         rows = devices.gather(to_rows(batch), devices.axis_index())
         batch = _merge(SplitMoments(*from_rows(rows.swapaxes(0, 1))))
@@ -187,13 +194,25 @@ def moments(
 
 
 def _local_moments(
-    x: jax.Array, mask: jax.Array | None, features: Features
+    x: jax.Array, mask: jax.Array | None, features: Features, guess: jax.Array | None
 ) -> SplitMoments:
-    reduced = _axes.reduced_axes(features, x.ndim)
     num_elements = _count(x, mask, features)
-    divisor = jnp.maximum(num_elements, 1)
+    args = (num_elements,) if mask is None else (num_elements, mask)
+    way = _partial(_about, features=features)
+    guessed = guess is not None and may_branch(x, guess)
+    sums = guess_on_tpu(way, x, guess, *args) if guessed else way(x, None, *args)
+    return SplitMoments(num_elements, *_split(*sums[:2]), sums[2])
 
-    shift = _shift(x, mask, features, divisor)
+
+_partial = functools.cache(functools.partial)  # one function, or JAX traces it anew
+
+
+def _about(x, shift, num_elements, mask=None, *, features):
+    """Return shift, offset and var; the shift is that of a part of x if it is None."""
+    reduced = _axes.reduced_axes(features, x.ndim)
+    divisor = jnp.maximum(num_elements, 1)
+    shift = _shift(x, mask, features, divisor) if shift is None else shift
+    shift = shift.astype(_axes.accumulation_dtype(x.dtype))
     x, shift = barrier_on_cpu(x, shift)
     total = centered(x, shift, mask, features).sum(reduced)
     # 0 * shift makes the divisor no constant: XLA may not drop it, as 0 * NaN is NaN.
@@ -206,7 +225,7 @@ def _local_moments(
     var = square - jnp.minimum(abs_squared(offset), largest)
     # Not below 0. (jnp.maximum would halve the derivatives at 0, of a constant x.)
     var -= lax.stop_gradient(jnp.minimum(var, 0))
-    return SplitMoments(num_elements, *_split(shift, offset), var)
+    return shift, offset, var
 
 
 def _shift(
@@ -217,12 +236,11 @@ def _shift(
     reduced = _axes.reduced_axes(features, x.ndim)
     if x.dtype != dtype:  # or XLA:CPU writes out the float32 copy of x
         (x,) = barrier_on_cpu(x)
-    share = 1 / divisor
     if mask is None and all(isinstance(n, int) for n in x.shape):
         x, reduced = _part(x, reduced)
         share = jnp.full((), 1 / max(math.prod(x.shape[i] for i in reduced), 1))
-    elif share.ndim > 0:
-        share = _axes.expand(share, features, x.ndim)
+    else:
+        share = _axes.expand(1 / divisor, features, x.ndim)
     x = zero_masked(x.astype(dtype), mask)
     return lax.stop_gradient((x * share.astype(dtype)).sum(reduced))
 

@@ -1,7 +1,7 @@
 """What differs between CPU, GPU and TPU: how passes are kept apart, and sums are taken.
 
 Here are all primitives and their lowerings: fusion barriers on the CPU, one sum for two
-on a GPU, and an error for what may be traced but not run.
+on a GPU, a guess on a TPU, and an error for what may be traced but not run.
 
 They are primitives because `lax.platform_dependent` and `lax.cond` lose types: in a
 vmap over a shard_map with `spmd_axis_name`, their results no longer vary over that axis
@@ -9,6 +9,7 @@ vmap over a shard_map with `spmd_axis_name`, their results no longer vary over t
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,6 +107,60 @@ ad.primitive_jvps[_pair_sum] = _pair_sum_jvp
 batching.primitive_batchers[_pair_sum] = _pair_sum_batch
 mlir.register_lowering(_pair_sum, mlir.lower_fun(_sum_each))
 mlir.register_lowering(_pair_sum, mlir.lower_fun(_sum_as_complex), platform="gpu")
+
+
+def guess_on_tpu(way: Callable[..., Any], *args: jax.Array) -> list[jax.Array]:
+    """Return shift, offset and var of x by way(x, None, *others): `args` has a guess.
+
+    On a TPU take way(x, guess, *others) if each |offset| there is at most 1.5 std: XLA
+    takes sums about what is known before x in the epilogue of the convolution that
+    makes x. All rows of a vmap share one branch, where `lax.cond` would run both.
+    """
+    return _guess.bind(*args, way=way)
+
+
+def _no_guess(x, _, *others, way):
+    return jax.jit(way, inline=True)(x, None, *others)  # JAX keeps traces of a jit
+
+
+def _guess_first(x, guess, *others, way):
+    guess = jnp.where(jnp.isfinite(guess), guess, 0)
+    shift, offset, var = way(x, guess, *others)
+    # 0 * offset has the type of the other shift: where it varies, and how it lies.
+    near = shift + 0 * offset, offset, var
+    is_near = (lax.square(offset) - 2.25 * var <= 0).all()  # not where both overflow
+    return lax.cond(is_near, lambda: near, lambda: way(x, None, *others))
+
+
+def _guess_jvp(primals, tangents, way):
+    x, _, *others = primals
+    out = _guess.bind(*primals, way=way)
+    dx = ad.instantiate_zeros(tangents[0])
+    return out, jax.jvp(lambda x: way(x, out[0], *others), (x,), (dx,))[1]
+
+
+def _guess_batch(args, dims, way):
+    x, guess, *others = args
+    at, guess_at, *dims = dims
+    if at is None and set(dims) == {None}:  # many guesses for one x
+        return way(x, None, *others), (None, None, None)
+    way = jax.vmap(way, (at, 0, *dims))
+    if at is None:  # many masks for one x
+        return way(x, None, *others), (0, 0, 0)
+    guess = batching.bdim_at_front(guess, guess_at, x.shape[at])
+    return _guess.bind(x, guess, *others, way=way), (0, 0, 0)
+
+
+_guess = Primitive("guess_on_tpu")
+_guess.multiple_results = True
+_guess.def_impl(lambda x, _, *others, way: way(x, None, *others))
+_guess.def_abstract_eval(
+    lambda x, _, *others, way: jax.make_jaxpr(way)(x, None, *others).out_avals
+)
+ad.primitive_jvps[_guess] = _guess_jvp
+batching.primitive_batchers[_guess] = _guess_batch
+mlir.register_lowering(_guess, mlir.lower_fun(_no_guess))
+mlir.register_lowering(_guess, mlir.lower_fun(_guess_first), platform="tpu")
 
 
 def traced_only(y: jax.Array, error: Exception) -> jax.Array:

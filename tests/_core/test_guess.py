@@ -1,0 +1,337 @@
+"""The rule of TPUs, forced on the CPU: the running mean as the shift, and a branch.
+
+The whole suite runs under it with JAXBN_GUESS=1 (`tests/guess.py`).
+"""
+
+import functools
+
+import compilations
+import guess
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from devices import mesh
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from kernels import collectives
+
+import jaxbn
+from jaxbn._core.moments import _part
+
+ROWS, FEATURES = 4096, 64
+PART = np.isin(np.arange(ROWS), _part(jnp.arange(ROWS)[:, None], (0,))[0])[:, None]
+DATA = {
+    "normal": lambda noise: noise,
+    "constant": lambda noise: 0 * noise,
+    "outliers": lambda noise: np.where(noise > 3, 1e6, noise),
+    "apart": lambda noise: np.where(PART, 0, 1e4) + noise,
+    "part far away": lambda noise: np.where(PART, 1e6, 0) + noise,
+}
+
+
+@pytest.fixture
+def forced():
+    with guess.forced():
+        yield
+
+
+def draw(data="normal", ratio=0.0, rows=ROWS):
+    rng = np.random.default_rng(0)
+    noise, dy = rng.normal(size=(2, rows, FEATURES))
+    x = DATA[data](noise) + ratio
+    scale = rng.uniform(0.5, 2, FEATURES)
+    return tuple(a.astype(np.float32) for a in (x, dy, scale))
+
+
+def step(x, dy, scale, mean, mask=None, norm=jaxbn.batch_norm, **kwargs):
+    """(var, y, dx, dscale) of one training step with the running mean `mean`."""
+    state = jaxbn.init(FEATURES)[1]._replace(mean=mean)
+
+    def train(x, scale):
+        params, static = jaxbn.Params(scale, None), {"train": True, "momentum": 0.0}
+        return norm(x, params, state, mask=mask, **static, **kwargs)
+
+    y, vjp, new = jax.vjp(train, x, scale, has_aux=True)
+    return new.var, y, *vjp(dy)
+
+
+def running_mean(x, stds):
+    """A running mean that is so many std below that of x."""
+    _, mean, var = oracle.moments(np.float64(x))
+    return np.asarray(mean - stds * np.sqrt(var), np.float32)
+
+
+def errors(got, x, dy, scale, mask=None):
+    """Of var over itself; of y, dx and dscale over the largest."""
+    x, dy, scale = (np.float64(a) for a in (x, dy, scale))
+    _, _, var = oracle.moments(x, mask=mask)
+    y = oracle.forward(x, scale, mask=mask)
+    dx, dscale, _ = oracle.backward(dy, x, scale, mask=mask)
+    sizes = np.maximum(var, 1e-5), *(abs(a).max() for a in (y, dx, dscale))
+    pairs = zip(got, (var, y, dx, dscale), sizes, strict=True)
+    return [(abs(a - b) / np.maximum(size, 1e-30)).max() for a, b, size in pairs]
+
+
+def same(a, b):
+    return all(np.array_equal(*pair) for pair in zip(a, b, strict=True))
+
+
+# Which way is taken, which shows in the last bits
+
+
+@pytest.mark.parametrize("stds", [-1.4, 0, 0.1, 1.4, *(-1.6, 1.6, 100, 1e6)])
+def test_the_guess_counts_up_to_one_and_a_half_std(stds):
+    args = draw(ratio=3)
+    mean = running_mean(args[0], stds)
+    usual = jax.jit(step)(*args, mean)
+    with guess.forced():
+        got = jax.jit(step)(*args, mean)
+    assert same(got, usual) == (abs(stds) > 1.5)
+
+
+def test_one_far_feature_takes_all_the_usual_way():
+    args = draw(ratio=3)
+    mean = running_mean(args[0], 0)
+    mean[7] += 2
+    usual = jax.jit(step)(*args, mean)
+    with guess.forced():
+        assert same(jax.jit(step)(*args, mean), usual)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_guess_that_is_not_finite_is_0(forced, bad):
+    args = draw()
+    zeros = np.zeros(FEATURES, np.float32)
+    got, wanted = (jax.jit(step)(*args, m)[1:] for m in (zeros + bad, zeros))
+    assert same(got, wanted)
+
+
+def test_no_overflow_about_a_guess_that_is_none_about_the_part(forced):
+    """Squares about 0 are inf - inf for both sums; the usual way has none."""
+    args = draw(rows=256)
+    x = (args[0] * 1e15 + 1e21).astype(np.float32)
+    var, *_ = jax.jit(step)(x, *args[1:], np.zeros(FEATURES, np.float32))
+    np.testing.assert_allclose(var, oracle.moments(np.float64(x))[2], rtol=2e-5)
+
+
+def test_other_platforms_have_no_branch_and_no_guess():
+    args = *draw(rows=32), np.zeros(FEATURES, np.float32)
+    for platform, branches in {"cpu": 0, "cuda": 0, "tpu": 1}.items():
+        exported = jax.export.export(jax.jit(step), platforms=[platform])(*args)
+        assert exported.mlir_module().count("stablehlo.case") == branches
+
+
+def test_forward_mode_has_no_branch(forced):
+    args = *draw(rows=32), np.zeros(FEATURES, np.float32)
+    text = jax.jit(lambda *a: step(*a, derivative="jvp")).lower(*args).as_text()
+    assert "stablehlo.case" not in text
+
+
+# Digits
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("stds", [0, 0.5, 1.49, 1.51, 30])
+@pytest.mark.parametrize("ratio", [0, 1e2, 1e6])
+def test_digits(forced, data, stds, ratio):
+    args = draw(data, ratio)
+    got = jax.jit(step)(*args, running_mean(args[0], stds))
+    bound = 4e-6 if stds < 1.5 or data == "normal" else 2e-5
+    assert max(errors(got, *args)) <= bound
+
+
+def test_digits_under_a_mask(forced):
+    args = draw(ratio=3)
+    mask = np.arange(ROWS)[:, None] % 7 != 2
+    x = np.where(mask, args[0], np.nan)
+    for stds in (0, 1.4, 10):
+        got = jax.jit(step)(x, *args[1:], running_mean(args[0], stds), mask)
+        assert max(errors(got, *args, mask)) <= 4e-6
+    var, y, *_ = jax.jit(step)(*args, running_mean(args[0], 0), np.zeros_like(mask))
+    assert not y.any()
+    np.testing.assert_array_equal(var, np.ones(FEATURES))  # nothing was counted
+
+
+@pytest.mark.parametrize("stds", [0.5, 10])
+def test_half_precision(forced, stds):
+    args = draw(ratio=3)
+    x, dy = (jnp.asarray(a, jnp.bfloat16) for a in args[:2])
+    var, y, dx, _ = jax.jit(step)(x, dy, args[2], running_mean(args[0], stds))
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    wanted = oracle.moments(np.float64(x))[2]
+    np.testing.assert_allclose(var, wanted, rtol=4e-6)
+
+
+def test_renorm_by_the_same_moments(forced):
+    """As with the running mean 0, wherever that lies in stds."""
+    x, dy, scale = draw(rows=64)
+    limits = {"norm": jaxbn.batch_renorm, "r_max": 1e9, "d_max": 1e9}
+    for ratio in (0, 5):
+        mean = np.zeros(FEATURES, np.float32)
+        y = jax.jit(lambda *a: step(*a, **limits)[1])(x + ratio, dy, scale, mean)
+        wanted = (x + ratio) * scale / np.sqrt(1 + 1e-5)
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("stds", [0.5, 10])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_second_derivatives(stds, masked, mapped):
+    """They are those of the usual way, whichever the shift."""
+    with jax.enable_x64(True):
+        x, dy, scale = (np.float64(a)[..., :2] for a in draw(rows=12))
+        mask = np.arange(12)[:, None] % 5 > 0 if masked else None
+        mean = np.float64(running_mean(x, stds))
+        params = jaxbn.Params(scale[:2], None)
+        state = jaxbn.State(mean, np.ones(2), jnp.int32(0))
+
+        def y(x):
+            return jaxbn.batch_norm(x, params, state, train=True, mask=mask)[0]
+
+        def loss(x):
+            out = jax.vmap(y, 2, 1)(x[..., None])[:, 0] if mapped else y(x)
+            return (out**3 * dy).sum()
+
+        usual = jax.jit(jax.hessian(loss))(x)
+        with guess.forced():
+            got = jax.jit(jax.hessian(loss))(x)
+        np.testing.assert_allclose(got, usual, rtol=0, atol=1e-12 * abs(usual).max())
+
+
+# vmap
+
+
+def branches(f, *args):
+    return jax.jit(f).lower(*args).as_text().count("stablehlo.case")
+
+
+@pytest.mark.parametrize("stds", [(0, 0.5), (0, 100)])
+@pytest.mark.parametrize("axes", [(0, 0, 0, 0), (2, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("twice", [False, True])
+def test_vmap_is_one_branch_for_all_rows(forced, axes, stds, twice):
+    drawn = [draw(ratio=ratio, rows=512) for ratio in (1, 1e5)]
+    means = [running_mean(a[0], s) for a, s in zip(drawn, stds, strict=True)]
+    stacked = [np.stack(a) for a in (*zip(*drawn, strict=True), means)]
+    args = [np.moveaxis(a, 0, i) for a, i in zip(stacked, axes, strict=True)]
+    f = jax.vmap(step, axes)
+    if twice:
+        f, args = jax.vmap(f), [a[None] for a in args]
+    assert branches(f, *args) == 1
+    got = [a[0] if twice else a for a in jax.jit(f)(*args)]
+    for i, one in enumerate(drawn):
+        assert max(errors([a[i] for a in got], *one)) <= 4e-6
+
+
+@pytest.mark.parametrize("mapped", range(5))
+def test_vmap_over_one_argument(forced, mapped):
+    """x, dy, scale, running mean, mask: many means or masks for one x need no guess."""
+    mask = np.arange(256)[:, None] % 3 > 0
+    args = *draw(ratio=2, rows=256), np.full(FEATURES, 2, np.float32), mask
+    axes = [0 if i == mapped else None for i in range(5)]
+    stacked = [np.stack([a, a]) if i == mapped else a for i, a in enumerate(args)]
+    f = jax.vmap(step, axes)
+    assert branches(f, *stacked) == (mapped < 3)
+    got = jax.jit(f)(*stacked)
+    assert max(errors([a[1] for a in got], *args[:3], mask)) <= 4e-6
+
+
+# Devices
+
+
+def over(axes, names=None, check_vma=True, f=step):
+    """f, with `axis_name`, in a shard_map over "data", of `axes` as {name: size}."""
+    rows = P("data")
+    return jax.shard_map(
+        functools.partial(f, axis_name="data"),
+        mesh=mesh(**axes),
+        in_specs=(rows, rows, P(), P()),
+        out_specs=(P(), rows, rows, P() if check_vma else rows),
+        axis_names=names or set(axes),
+        check_vma=check_vma,
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("far", [0, 1, 8])
+def test_devices_may_take_different_ways(forced, far, check_vma):
+    """Nothing is sent in the branch: each device takes its own."""
+    x, dy, scale = draw(rows=512)
+    x[: 64 * far] += 100
+    f = over({"data": 8}, check_vma=check_vma)
+    args = x, dy, scale, np.zeros(FEATURES, np.float32)
+    assert branches(f, *args) == 1
+    var, y, dx, dscale = jax.jit(f)(*args)
+    dscale = dscale if check_vma else dscale.reshape(8, FEATURES).sum(0)
+    assert max(errors((var, y, dx, dscale), x, dy, scale)) <= 4e-6
+
+
+def test_no_branch_where_devices_could_disagree_on_collectives(forced):
+    """The axis "model" is not manual: XLA sends over it, in a branch too."""
+    args = *draw(rows=512), np.zeros(FEATURES, np.float32)
+    f = over({"data": 4, "model": 2}, {"data"})
+    assert branches(f, *args) == 0
+    assert max(errors(jax.jit(f)(*args), *args[:3])) <= 4e-6
+
+
+def test_no_branch_by_a_mean_that_varies_where_x_does_not(forced):
+    """Y may leave the shard_map as equal over "model"."""
+    args = *draw(rows=512), np.zeros(FEATURES, np.float32)
+
+    def varying(x, dy, scale, mean, **kwargs):
+        mean = jax.lax.pcast(mean, "model", to="varying")
+        _, *others = step(x, dy, scale, mean, **kwargs)
+        return jax.lax.psum(mean, "model"), *others
+
+    f = over({"data": 4, "model": 2}, f=varying)
+    assert branches(f, *args) == 0
+    assert max(errors(jax.jit(f)(*args), *args[:3])[1:]) <= 4e-6
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(None, "model")])
+@pytest.mark.parametrize("stds", [0, 100])
+def test_sharded_arrays(forced, stds, spec, kind):
+    args = draw(rows=512, ratio=3)
+    on = mesh(data=4, model=2, kind=kind)
+    with jax.set_mesh(on):
+        x, dy = (jax.device_put(a, jax.NamedSharding(on, spec)) for a in args[:2])
+        mean = running_mean(args[0], stds)
+        f = jax.jit(step)
+        assert max(errors(f(x, dy, args[2], mean), *args)) <= 4e-6
+
+
+def test_one_all_reduce_outside_of_the_branch(forced):
+    args = draw(rows=512)
+    on = mesh(data=8)
+    rows = jax.NamedSharding(on, P("data"))
+    x, dy = (jax.device_put(a, rows) for a in args[:2])
+    mean = np.zeros(FEATURES, np.float32)
+
+    def moments_and_y(*args):
+        return step(*args)[:2]
+
+    for f, number in ((moments_and_y, 1), (step, 2)):
+        program = jax.jit(f).lower(x, dy, args[2], mean).compile()
+        assert " conditional(" in program.as_text()
+        assert collectives(program) == {"all-reduce": number}
+
+
+# Eager
+
+
+def test_eager_calls_compile_once(forced):
+    args = *draw(rows=32), np.zeros(FEATURES, np.float32)
+    stacked = [a[None] for a in args]
+
+    def calls():
+        return step(*args), jax.vmap(step)(*stacked)
+
+    calls()
+    with compilations.counted() as later:
+        calls()
+    assert not later
