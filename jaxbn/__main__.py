@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     args, unknown = parser.parse_known_args(words)
 
-    command = args.parser
+    command: Parser = args.parser
     if unknown:  # said by the command; `parse_args` would leave out its name
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except CommandError as error:
         command.error(str(error))
+    except BrokenPipeError:  # as in `jaxbn check | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left at the exit
+        return 141
     except OSError as error:
-        if not _drop_broken_stdout():
-            command.error(str(error))
-        if isinstance(error, BrokenPipeError):  # as in `jaxbn check | head -1`
-            return 141
-        command.error(f"cannot write to the standard output: {error.strerror}")
+        # Every file is opened by its name; the standard output has none.
+        where = "" if error.filename else "cannot write to the standard output: "
+        command.error(f"{where}{error}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -69,19 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.fail(f"error: {package} is not installed; run: {install}", status=1)
     except KeyboardInterrupt as error:
         command.fail(f"interrupted; {error or 'nothing was written yet'}", status=130)
-
-
-def _drop_broken_stdout() -> bool:
-    """Return whether stdout cannot be written, and if so, drop what is left in it.
-
-    Python would write it once more when it exits, and say so in many lines.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 if __name__ == "__main__":
