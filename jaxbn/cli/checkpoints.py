@@ -1,0 +1,88 @@
+"""The checkpoints of a run, which Orbax keeps in <folder>/checkpoints/<step>."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from jaxbn.cli.common import CommandError
+from jaxbn.cli.training import Settings, Trainer
+
+
+class Checkpoints:
+    """The checkpoints in one folder, as `train` writes them and `inspect` reads them.
+
+    Orbax marks a checkpoint as complete when it is: whenever the process is killed,
+    the last complete one is there.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        self._path = (folder / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            # The next step overwrites the arrays.
+            enable_async_checkpointing=False,
+        )
+        with self._one_line(f"{folder} cannot hold checkpoints"):
+            self._manager: Any = ocp.CheckpointManager(self._path, options=options)
+        self.step: int | None = self._manager.latest_step()
+
+    def save(self, settings: Settings, trainers: Mapping[str, Trainer]) -> None:
+        """Write all that the next step depends on, and what was seen so far.
+
+        Raises:
+          CommandError: It cannot be written; the last checkpoint is still there.
+        """
+        seen = {
+            name: {norm: getattr(each, name) for norm, each in trainers.items()}
+            for name in ("losses", "accuracies")
+        }
+        step = len(seen["losses"][settings.norm[0]])
+        if step == self.step:
+            return
+        states = {norm: trainer.state for norm, trainer in trainers.items()}
+        seen["settings"] = dataclasses.asdict(settings)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(states), seen=ocp.args.JsonSave(seen)
+        )
+        with self._one_line(f"cannot write the checkpoint {self._path / str(step)}"):
+            self._manager.save(step, args=args)
+        self.step = step
+
+    def load(self) -> tuple[Settings, dict[str, Any]]:
+        """Return the settings in the last checkpoint, and what was seen until then."""
+        with self._reading():
+            args = ocp.args.Composite(seen=ocp.args.JsonRestore())
+            seen = self._manager.restore(self.step, args=args)["seen"]
+            values = seen["settings"]
+            return Settings(**{**values, "norm": tuple(values["norm"])}), seen
+
+    def restore(self, trainers: Mapping[str, Trainer], seen: Mapping[str, Any]) -> None:
+        """Bring the networks where the last checkpoint is."""
+        states = {norm: trainer.abstract() for norm, trainer in trainers.items()}
+        with self._reading():
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(states))
+            states = self._manager.restore(self.step, args=args)["state"]
+            for norm, trainer in trainers.items():
+                trainer.state = states[norm]
+                trainer.losses = seen["losses"][norm]
+                trainer.accuracies = seen["accuracies"][norm]
+                if len(trainer.losses) != self.step:
+                    raise ValueError("it does not have a loss for each step")
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        path = self._path / str(self.step)
+        return self._one_line(f"{path} is not an intact checkpoint of these networks")
+
+    @contextlib.contextmanager
+    def _one_line(self, what: str) -> Iterator[None]:
+        """Say in one line what Orbax says in many, in errors of any type."""
+        try:
+            yield
+        except Exception as error:
+            raise CommandError(f"{what}: {error!s:.300}") from error

@@ -1,0 +1,194 @@
+"""One run of `train`, from the processes that join it to the files it leaves."""
+
+import contextlib
+import dataclasses
+import functools
+import shlex
+import statistics
+import zlib
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+
+from jaxbn.cli import common, digits, report
+from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli.common import CommandError
+from jaxbn.cli.training import MEASURE_EVERY, Mesh, Settings, Trainer
+
+
+def join(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Bring the processes of a run together, by way of process 0.
+
+    When one dies, the others see it in the next collective or, at the latest, after a
+    minute without a heartbeat, and end.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        cluster_detection_method="deactivate",  # do not ask a cloud who we are
+        coordinator_bind_address=coordinator,  # on no other network
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=60,
+        shutdown_timeout_seconds=20,
+    )
+
+
+def execute(
+    given: dict[str, Any], defaults: Settings, folder: Path, num_devices: int | None
+) -> int:
+    """Train the networks of all norms, step by step, and write what came of it.
+
+    Args:
+      given: The settings that were named on the command line.
+      defaults: Those of a new run, `given` among them.
+      folder: Where to write.
+      num_devices: Of each process; None is one.
+
+    Returns:
+      The exit code: 0, or 128 and the number of the signal that interrupted it.
+
+    Raises:
+      CommandError: The run cannot begin, or a file cannot be written.
+    """
+    mesh = Mesh(_devices(num_devices or 1))
+    leads = jax.process_index() == 0
+    console = common.console(quiet=not leads)
+    say = functools.partial(console.print, soft_wrap=True)
+    kept = Checkpoints(folder)
+    agree(mesh, kept.step)
+    settings, seen = defaults, {}
+    if kept.step is not None:
+        settings, seen = kept.load()
+        settings = resumed(given, settings)
+        say(f"going on with the run in {folder} at step {kept.step}")
+    agree(mesh, settings)
+    data = digits.load(settings.data)
+    num_images = len(data.train_labels)
+    if settings.batch_size > num_images or settings.batch_size % mesh.size:
+        raise CommandError(
+            f"argument --batch-size: must be at most {num_images}, the number of "
+            f"training images, and a multiple of {mesh.size}, the number of devices; "
+            f"got {settings.batch_size}"
+        )
+    epoch_steps = num_images // settings.batch_size
+    step, last = kept.step or 0, settings.epochs * epoch_steps
+    if step > last:
+        raise CommandError(
+            f"--epochs {settings.epochs} contradicts the run to resume, "
+            f"which has {step / epoch_steps:.4g} of them behind it"
+        )
+
+    trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
+    with contextlib.ExitStack() as stack:
+        with common.progress(console) as bar:
+            task = bar.add_task("compiling", total=None, seen="")
+            if seen:
+                kept.restore(trainers, seen)
+            for trainer in trainers.values():
+                if not seen:
+                    trainer.start()
+                if step < last:
+                    trainer.compile()
+            bar.update(task, description="training", total=last)
+            interrupted = stack.enter_context(common.deferred_interrupts())
+            # All processes ask after the same steps.
+            while not (code := mesh.max(interrupted())) and step < last:
+                for trainer in trainers.values():
+                    trainer.advance()
+                step += 1
+                if step % epoch_steps == 0:
+                    kept.save(settings, trainers)
+                tests = (
+                    f"{x} {each.accuracies[-1]:.1%}" for x, each in trainers.items()
+                )
+                bar.update(task, completed=step, seen=", ".join(tests))
+        if step:
+            kept.save(settings, trainers)
+        if step and leads:
+            metrics = summarize(settings, trainers)
+            common.write_json(folder / "metrics.json", metrics)
+            common.write(folder / "curves.png", report.curves(metrics))
+            console.print(report.table(metrics))
+            say(f"{folder} holds checkpoints, curves.png and metrics.json")
+    if code:
+        where = shlex.quote(str(folder))
+        say(f"interrupted at step {step}; go on: jaxbn train --resume --out {where}")
+    return code
+
+
+def _devices(count: int) -> list[Any]:
+    """Return the first `count` devices of each process.
+
+    Raises:
+      CommandError: A process has fewer.
+    """
+    found = []
+    for process in range(jax.process_count()):
+        own = [each for each in jax.devices() if each.process_index == process]
+        if len(own) < count:
+            raise CommandError(
+                f"argument --devices: {count} of {len(own)} {own[0].platform} devices; "
+                "with JAX_PLATFORMS=cpu there are as many as are asked for"
+            )
+        found += own[:count]
+    return found
+
+
+def agree(mesh: Mesh, what: object) -> None:
+    """Refuse, in every process, to train something else in each.
+
+    Raises:
+      CommandError: `what` is not the same in all processes.
+    """
+    digest = zlib.crc32(repr(what).encode()) // 2  # to fit an int32
+    if not mesh.max(digest) == digest == -mesh.max(-digest):
+        raise CommandError(
+            "the processes have other flags, or do not see the same folder: process "
+            f"{jax.process_index()} has {what}"
+        )
+
+
+def resumed(given: dict[str, Any], stored: Settings) -> Settings:
+    """Return the settings of a run that is resumed: `epochs` alone may change.
+
+    Raises:
+      CommandError: A flag contradicts the run.
+    """
+    for name, value in given.items():
+        if name != "epochs" and value != getattr(stored, name):
+            flag = "--" + name.replace("_", "-")
+            raise CommandError(
+                f"{flag} contradicts the run to resume: {value} here, "
+                f"{getattr(stored, name)} there"
+            )
+    return dataclasses.replace(stored, epochs=given.get("epochs", stored.epochs))
+
+
+def summarize(settings: Settings, trainers: dict[str, Trainer]) -> dict[str, Any]:
+    """Return the content of metrics.json."""
+    rows = {}
+    for norm, trainer in trainers.items():
+        state, shares = trainer.state, trainer.accuracies
+        batch = trainer.test_accuracy(state, batch=True) if state.batch_stats else None
+        good = [MEASURE_EVERY * i for i, share in enumerate(shares) if share >= 0.9]
+        times = trainer.seconds
+        rows[norm] = {  # first what the table shows
+            "test_accuracy_running_statistics": trainer.test_accuracy(state),
+            "test_accuracy_batch_statistics": batch,
+            "steps_to_90_percent": min(good, default=None),
+            "median_ms_per_step": 1000 * statistics.median(times) if times else None,
+            "steps": len(trainer.losses),
+            "training_loss": trainer.losses,
+            "test_accuracy": shares,
+        }
+    return {
+        "settings": dataclasses.asdict(settings),
+        "versions": {"jax": jax.__version__, "flax": flax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "test_accuracy_every": MEASURE_EVERY,
+        "results": rows,
+    }
