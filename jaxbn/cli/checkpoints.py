@@ -19,12 +19,12 @@ class Checkpoints:
     the last complete one is there.
     """
 
-    def __init__(self, folder: Path, *, read_only: bool = False):
+    def __init__(self, folder: Path, *, writes: bool = False):
         self._path = (folder / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            create=writes,
+            cleanup_tmp_directories=writes,
             # The next step overwrites the arrays.
             enable_async_checkpointing=False,
         )

@@ -70,10 +70,9 @@ class CNN(nn.Module):
 class MLP(nn.Module):
     """Three hidden layers of 100 sigmoids: images -> (examples, 10) logits.
 
-    The network of Ioffe & Szegedy (2015), section 4.1, on smaller images: the norm
-    before each sigmoid, weights drawn from a small Gaussian. The paper does not say
-    how small; 0.1 keeps the variance of 100 inputs, and with a tenth of that the plain
-    network hardly learns at all.
+    The network of Ioffe & Szegedy (2015), section 4.1. The paper does not say how
+    small the first weights are: 0.1 keeps the variance of 100 inputs, and with a tenth
+    of that the plain network hardly learns at all.
     """
 
     norm: Norm

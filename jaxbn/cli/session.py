@@ -54,27 +54,18 @@ def execute(
     Raises:
       CommandError: The run cannot begin, or a file cannot be written.
     """
-    mesh = Mesh(_devices(num_devices or 1))
-    leads = jax.process_index() == 0
-    console = common.console(quiet=not leads)
-    say = functools.partial(console.print, soft_wrap=True)
-    kept = Checkpoints(folder)
-    agree(mesh, kept.step)
-    settings, seen = defaults, {}
-    if kept.step is not None:
-        settings, seen = kept.load()
-        settings = resumed(given, settings)
-        say(f"going on with the run in {folder} at step {kept.step}")
-    agree(mesh, settings)
+    mesh, kept = Mesh(_devices(num_devices or 1)), Checkpoints(folder, writes=True)
+    agree(mesh, (kept.step, defaults, given))
+    settings, seen = (defaults, None) if kept.step is None else kept.load()
+    settings = resumed(given, settings)
     data = digits.load(settings.data)
-    num_images = len(data.train_labels)
-    if settings.batch_size > num_images or settings.batch_size % mesh.size:
+    num_images, size = len(data.train_labels), settings.batch_size
+    if size > num_images or size % mesh.size:
         raise CommandError(
-            f"argument --batch-size: must be at most {num_images}, the number of "
-            f"training images, and a multiple of {mesh.size}, the number of devices; "
-            f"got {settings.batch_size}"
+            f"argument --batch-size: must be at most {num_images} and a multiple of "
+            f"{mesh.size}, the number of devices; got {size}"
         )
-    epoch_steps = num_images // settings.batch_size
+    epoch_steps = num_images // size
     step, last = kept.step or 0, settings.epochs * epoch_steps
     if step > last:
         raise CommandError(
@@ -82,6 +73,11 @@ def execute(
             f"which has {step / epoch_steps:.4g} of them behind it"
         )
 
+    leads = jax.process_index() == 0
+    console = common.console(quiet=not leads)
+    say = functools.partial(console.print, soft_wrap=True)
+    if seen:
+        say(f"going on with the run in {folder} at step {step}")
     trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
     with contextlib.ExitStack() as stack:
         with common.progress(console) as bar:
@@ -147,8 +143,7 @@ def agree(mesh: Mesh, what: object) -> None:
     digest = zlib.crc32(repr(what).encode()) // 2  # to fit an int32
     if not mesh.max(digest) == digest == -mesh.max(-digest):
         raise CommandError(
-            "the processes have other flags, or do not see the same folder: process "
-            f"{jax.process_index()} has {what}"
+            "the processes differ in their flags, or in what --out holds"
         )
 
 

@@ -83,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resume = "go on with the run in --out, with its settings, of which --epochs alone "
     resume += "may change; where there is no run yet, begin one"
     add("--resume", resume, action="store_true")
-    passes = f"{default('epochs')}, with mnist {' and '.join(map(str, MNIST_EPOCHS.values()))}"
-    number("--epochs", 1, f"passes over the training set ({passes})")
+    passes = f"passes over the training set ({default('epochs')}; with mnist "
+    number("--epochs", 1, passes + f"{MNIST_EPOCHS['cnn']} and {MNIST_EPOCHS['mlp']})")
     number("--batch-size", 2, f"images in a batch ({default('batch_size')})")
     rate = f"constant ({default('learning_rate')})"
     add("--learning-rate", rate, type=common.positive_float, metavar="RATE")
@@ -106,16 +106,18 @@ def run(args: argparse.Namespace) -> int:
     if "norm" in given:
         given["norm"] = tuple(dict.fromkeys(given["norm"]))
     model, data = given.get("model", "cnn"), given.get("data", "digits")
-    usual: dict[str, Any] = {"model": model, "data": data, "norm": NORMS[:2], "seed": 0}
-    usual |= DEFAULTS[model]
+    defaults: dict[str, Any] = {"data": data, "norm": NORMS[:2], "seed": 0}
+    defaults |= {"model": model, **DEFAULTS[model]}
     if data == "mnist":
-        usual["epochs"] = MNIST_EPOCHS[model]
+        defaults["epochs"] = MNIST_EPOCHS[model]
     folder = args.out or Path("runs", model + ("" if data == "digits" else f"-{data}"))
-    group = joined(args.join)
+    address, number, process = args.join or ("", "1", "0")
+    if not (number.isdecimal() and process.isdecimal() and int(process) < int(number)):
+        raise CommandError("argument --join: ID must be from 0 to NUMBER - 1")
 
+    held = False
     with contextlib.ExitStack() as stack:
-        held = False
-        if group is None or group[2] == 0:  # the other processes neither print nor lock
+        if int(process) == 0:  # the other processes neither print nor lock
             common.make_folder("--out", folder)
             stack.enter_context(locked(folder))
             held = check(folder, resume=args.resume)
@@ -124,35 +126,18 @@ def run(args: argparse.Namespace) -> int:
             from jaxbn.cli import session  # JAX, Flax and others: not for --help
 
             common.virtual_devices(args.devices)
-            if group is not None:
-                session.join(*group)
-            defaults = session.Settings(**usual | given)
-            return session.execute(given, defaults, folder, args.devices)
+            if args.join:
+                session.join(address, int(number), int(process))
+            settings = session.Settings(**defaults | given)
+            return session.execute(given, settings, folder, args.devices)
         except KeyboardInterrupt:
-            if not held:
+            kept = f"the run in {folder} is as it was" if held else ""
+            raise KeyboardInterrupt(kept) from None
+        except RuntimeError as error:  # JAX's and gloo's
+            if not args.join:
                 raise
-            raise KeyboardInterrupt(f"the run in {folder} is as it was") from None
-
-
-def joined(words: list[str] | None) -> tuple[str, int, int] | None:
-    """Return the three values of --join, checked.
-
-    Raises:
-      CommandError: They do not name a process of a group.
-    """
-    if words is None:
-        return None
-    address, number, process = words
-    host, _, port = address.rpartition(":")
-    numbers = (port, number, process)
-    if not (
-        host and all(x.isdecimal() for x in numbers) and int(process) < int(number)
-    ):
-        raise CommandError(
-            "argument --join: must be HOST:PORT NUMBER ID with ID from 0 to NUMBER - 1; "
-            f"got {' '.join(words)!r}"
-        )
-    return address, int(number), int(process)
+            text = f"argument --join: another process is not there: {error!s:.200}"
+            raise CommandError(text) from error
 
 
 @contextlib.contextmanager

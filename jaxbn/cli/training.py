@@ -73,7 +73,9 @@ class Trainer:
         momentum = 0.9 if settings.model == "cnn" else None
         self._optimizer = optax.sgd(settings.learning_rate, momentum)
         self._settings, self._data, self._mesh = settings, data, mesh
-        self._step: Any = jax.jit(self._next, donate_argnums=0, out_shardings=mesh.whole)
+        self._step: Any = jax.jit(
+            self._next, donate_argnums=0, out_shardings=mesh.whole
+        )
         self._num_right = jax.jit(self._count_right, static_argnums=3)
         self.state: Any = None
         self.losses: list[float] = []  # of every step
