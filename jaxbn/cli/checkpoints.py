@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import logging
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,22 @@ import orbax.checkpoint as ocp
 
 from jaxbn.cli.common import CommandError
 from jaxbn.cli.training import Settings, Trainer
+
+
+def _be_quiet(hook: Any = sys.unraisablehook) -> None:
+    """Let Orbax say an error once, where it raises it, and not in its logs too.
+
+    After an error of several writes, tensorstore also calls an event loop that Orbax
+    has closed, once for each of them.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda args: (
+        None if str(args.exc_value) == "Event loop is closed" else hook(args)
+    )
+
+
+_be_quiet()
 
 
 class Checkpoints:
@@ -85,4 +103,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise CommandError(f"{what}: {error!s:.300}") from error
+            text = " ".join(str(error).split())
+            if len(text) > 300:  # the reason is the last that tensorstore names
+                text = f"... {text[-200:]}"
+            raise CommandError(f"{what}: {text}") from error
