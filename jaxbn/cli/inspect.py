@@ -316,7 +316,7 @@ def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:
             axes.legend(**place, ncols=len(limits), fontsize=8, frameon=False)
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    names = [printable(layer.name) for layer in layers]
+    names = [printable(layer.name)[-60:] for layer in layers]  # leave room for dots
     columns[0].set_yticks(range(len(layers)), names, parse_math=False)
     columns[0].set_ylim(len(layers) - 0.5, -0.5)  # the first row on top
     title = f"batch norms of {title}: a dot is a channel, a bar their mean"

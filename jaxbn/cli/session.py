@@ -33,7 +33,7 @@ def join(coordinator: str, num_processes: int, process_id: int) -> None:
         coordinator_bind_address=coordinator,  # on no other network
         initialization_timeout=60,
         heartbeat_timeout_seconds=60,
-        shutdown_timeout_seconds=20,
+        shutdown_timeout_seconds=60,
     )
 
 
@@ -141,10 +141,9 @@ def agree(mesh: Mesh, what: object) -> None:
       CommandError: `what` is not the same in all processes.
     """
     digest = zlib.crc32(repr(what).encode()) // 2  # to fit an int32
-    if not mesh.max(digest) == digest == -mesh.max(-digest):
-        raise CommandError(
-            "the processes differ in their flags, or in what --out holds"
-        )
+    bounds = mesh.max(digest), -mesh.max(-digest)
+    if bounds != (digest, digest):
+        raise CommandError("the processes differ in flags, or in what --out holds")
 
 
 def resumed(given: dict[str, Any], stored: Settings) -> Settings:

@@ -160,7 +160,7 @@ def test_none_outlives_a_process_that_is_killed(victim, tmp_path, processes):
     code, _, err = processes.end(1 - victim)
     assert code not in (0, 130)
     if victim == 1:  # of process 0, the coordinator, JAX may be the first to know
-        assert "jaxbn train: error: argument --join: another process" in err
+        assert "jaxbn train: error: " in err
     epochs = 1 + steps(folder) // 22  # the last checkpoint restores
     assert train("--resume", "--out", folder, "--epochs", epochs) == 0
     assert steps(folder) == 22 * epochs
@@ -184,7 +184,7 @@ def test_port_that_is_taken_is_said(tmp_path, processes):
         processes.all.append(runs.start("", *flags, XLA_FLAGS=""))
         code, _, err = processes.end(0)
     assert code != 0
-    assert "jaxbn train: error: argument --join: another process" in err
+    assert address in err
 
 
 def test_one_process_needs_no_other(one_device, tmp_path, processes):
