@@ -1,7 +1,6 @@
 """`jaxbn bench`: beside other libraries, against a floor."""
 
 import argparse
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,15 @@ columns:
   sizes kept       the bytes that JAX keeps for the backward pass, over those of x
 
 examples:
-  jaxbn bench --quick                          a minute or so
-  jaxbn bench --suite critic tabular --dtype bfloat16
-  jaxbn bench --peers flax-fast --mode chain   one other library
+  jaxbn bench --quick                         a minute or so
+  jaxbn bench --suite critic --peers flax-fast --mode forward+backward inference
 
 Ctrl-C prints and writes the layers that were measured until then.
 
 exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctrl-C
 """
 
-# Rounds, and the seconds after which a slow group gets no more, unless --rounds says.
+# Rounds, and the seconds after which a slow group gets no more.
 QUICK_LIMITS, LIMITS = (9, 1.5), (25, 2.5)
 
 
@@ -56,17 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("--dtype", cases.DTYPES, cases.DTYPES, "dtypes of x")
     modes = "what one call computes; chain is eight layers, the nearest to a real model"
     several("--mode", cases.MODES, (), modes)
-    parser.add_argument(
-        "--rounds",
-        type=common.integer_from(1),
-        metavar="N",
-        help="most rounds of calls in each group (default: as fit into 2.5 s)",
+    natural, text = (
+        common.integer_from(1),
+        "rounds of calls (default: as fit into 2.5 s)",
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="few layers, few rounds, modes with gradients",
-    )
+    parser.add_argument("--rounds", type=natural, metavar="N", help=text)
+    text = "few layers, few rounds, and the modes with gradients"
+    parser.add_argument("--quick", action="store_true", help=text)
     for name, content in {"json": "all figures", "png": "the chart"}.items():
         parser.add_argument(
             f"--{name}",
@@ -79,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
-    modes = args.mode or (cases.GRADIENT_MODES if args.quick else cases.MODES)
-    groups = cases.groups(args.suite, args.dtype, [*modes], quick=args.quick)
+    if not args.mode:
+        args.mode = [*(cases.GRADIENT_MODES if args.quick else cases.MODES)]
+    groups = cases.groups(args.suite, args.dtype, args.mode, quick=args.quick)
     if not groups:
         raise common.CommandError("there is nothing to measure: no layer has this mode")
     if args.json == args.png:
@@ -89,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     common.make_room("--png", args.png)
     common.first_line(f"measuring {len(groups)} groups: a layer, its dtype and a mode")
 
-    from jaxbn.cli.bench import measure, report
+    from jaxbn.cli.bench import measure, programs, report
 
     measure.keep_freed_memory()
     common.virtual_devices(2)  # to count all-reduces; one of them has all threads
@@ -103,28 +98,42 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in missing.items():
         out.print(f"without {name}: {reason}")
 
-    limits = QUICK_LIMITS if args.quick else LIMITS
+    rounds, seconds = QUICK_LIMITS if args.quick else LIMITS
     if args.rounds:
-        limits = args.rounds, float("inf")
-    flags = ("suite", "peers", "dtype", "mode", "quick", "rounds")
-    content: dict[str, Any] = {
-        "machine": machine,
-        "settings": {name: getattr(args, name) for name in flags} | {"mode": [*modes]},
-        "floor_in_copies": cases.FLOOR_IN_COPIES,
-        "missing": missing,
-        "rows": [],
-        "failures": [],
-        "all_reduces": {},
-        "interrupted": False,
+        rounds, seconds = args.rounds, float("inf")
+    content: dict[str, Any] = {"machine": machine, "missing": missing}
+    content["settings"] = {
+        name: getattr(args, name)
+        for name in ("suite", "peers", "dtype", "mode", "quick", "rounds")
     }
+    content |= {"floor_in_copies": cases.FLOOR_IN_COPIES, "interrupted": False}
+    content |= {"rows": [], "failures": [], "all_reduces": {}}
     try:
         with common.progress(out) as bar:
-            _measure(groups, found, limits, content, args.json, bar)
+            task = bar.add_task("measuring", total=len(groups), seen="")
+            for group in groups:
+
+                def show(text: str, at: cases.Group = group) -> None:
+                    bar.update(task, seen=f"{at}: {text}")
+
+                rows, failures = measure.measure(group, found, rounds, seconds, show)
+                content["rows"] += rows
+                content["failures"] += failures
+                content["geometric_means"] = report.geometric_means(content["rows"])
+                common.write_json(args.json, content)
+                bar.advance(task)
+            bar.update(task, seen="counting all-reduces")
+            for name in found:
+                if build := layers.PEERS[name].build:
+                    content["all_reduces"][name] = {
+                        "jit": programs.all_reduces(build, named=False),
+                        "axis_name": programs.all_reduces(build, named=True),
+                    }
     except KeyboardInterrupt:
         if not content["rows"]:
             raise
         content["interrupted"] = True
-        common.write_json(args.json, content)
+    common.write_json(args.json, content)
     for each in report.summary(content):
         out.print(each)
     if png := report.chart(content["rows"], machine["cpu"]):
@@ -133,39 +142,4 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"all figures are in {args.json}")
     if content["interrupted"]:
         out.print("interrupted: that is what was measured until then")
-        return 130
-    return 0
-
-
-def _measure(
-    groups: list[cases.Group],
-    peers: list[str],
-    limits: tuple[int, float],
-    content: dict[str, Any],
-    path: Path,
-    bar: Any,
-) -> None:
-    """Measure group by group into the content of bench.json, and write it."""
-    from jaxbn.cli.bench import measure, programs, report
-
-    task = bar.add_task("measuring", total=len(groups), seen="")
-    for group in groups:
-
-        def show(text: str, at: cases.Group = group) -> None:
-            bar.update(task, seen=f"{at}: {text}")
-
-        rows, failures = measure.measure(group, peers, *limits, show)
-        content["rows"] += rows
-        content["failures"] += failures
-        content["geometric_means"] = report.geometric_means(content["rows"])
-        common.write_json(path, content)
-        bar.advance(task)
-    bar.update(task, seen="counting all-reduces")
-    for name in peers:
-        if build := layers.PEERS[name].build:
-            with warnings.catch_warnings(action="ignore"):
-                content["all_reduces"][name] = {
-                    "jit": programs.all_reduces(build, named=False),
-                    "axis_name": programs.all_reduces(build, named=True),
-                }
-    common.write_json(path, content)
+    return 130 if content["interrupted"] else 0

@@ -48,15 +48,11 @@ class Group(NamedTuple):
         return CHAIN_LAYERS if self.mode == "chain" else 1
 
 
-RESNET50 = [  # He et al. 2015: every size and feature count that a batch norm follows
-    *((112, 64), (56, 64), (56, 256), (28, 128), (28, 512)),
-    *((14, 256), (14, 1024), (7, 512), (7, 2048)),
-]
+# He et al. 2015: every size and number of features that a batch norm follows.
+RESNET50 = [(112, 64), (56, 64), (56, 256), (28, 128), (28, 512)]
+RESNET50 += [(14, 256), (14, 1024), (7, 512), (7, 2048)]
 CASES = [
-    *(
-        Case("resnet50", (32, s, s, n), quick=(s, n) == (28, 128), chain=n == 128)
-        for s, n in RESNET50
-    ),
+    *(Case("resnet50", (32, s, s, n), -1, n == 128, n == 128) for s, n in RESNET50),
     Case("critic", (256, 256)),
     Case("critic", (256, 2048), quick=True),
     Case("tabular", (65536, 64), quick=True),

@@ -179,7 +179,7 @@ def find(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 importlib.import_module(module)
             found.append(name)
         except Exception as error:  # an import can fail in any way
-            missing[name] = f"{distribution} cannot be imported: {error}"
-            if isinstance(error, ModuleNotFoundError) and error.name == module:
-                missing[name] = f"{distribution} is not installed"
+            absent = getattr(error, "name", "") == module
+            why = "is not installed" if absent else f"cannot be imported: {error}"
+            missing[name] = f"{distribution} {why}"
     return found, missing

@@ -23,13 +23,10 @@ from jaxbn.cli.bench.layers import OURS, PEERS
 COPY = "copy"  # the yardstick among the contenders
 
 # More than the last-level cache of any GPU or TPU: inputs that do not fill it take
-# turns with others that do. On a CPU they stay where they are, since what a layer reads
-# was written just before; whether it is small enough for a cache is part of the case.
+# turns. On a CPU they stay in the cache, if they fit: so do those of a real layer.
 CACHE_BYTES = 2**27
 
-# A sample is as many calls as take this long for the plain copy.
-CPU_SAMPLE_SECONDS, DEVICE_SAMPLE_SECONDS = 0.5e-3, 5e-3
-MAX_CALLS, MIN_ROUNDS = 200, 3
+MAX_CALLS, MIN_ROUNDS = 200, 3  # in a sample; in a group
 
 # Quartiles further apart than this share of the median: something else was running.
 MAX_SPREAD = 1 / 3
@@ -58,10 +55,7 @@ def measure(
     seconds: float,
     show: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Dict], list[Dict]]:
-    """Compile and time the copy and the peers.
-
-    After so many rounds, or seconds and `MIN_ROUNDS`, it is done. `show` is told what
-    is being done.
+    """Compile and time the copy and the peers, for so many rounds or seconds.
 
     Returns:
       A row, as `summarize` describes it, for each contender that failed in no round;
@@ -100,7 +94,8 @@ def measure(
                 samples[-1][name] = timers[name](calls) / calls
             except Exception as error:  # out of memory, say: of no concern to others
                 failed(name, error)
-    return summarize(group, samples, calls, compiled), failures
+    rows = summarize(group, samples, calls, compiled) if COPY in timers else []
+    return rows, failures
 
 
 def _program(name: str, group: Group, x: Any, dy: Any) -> programs.Program:
@@ -115,10 +110,9 @@ def _program(name: str, group: Group, x: Any, dy: Any) -> programs.Program:
 @functools.lru_cache(maxsize=1)  # the next group mostly has the same
 def inputs(case: Case, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
     """Return pairs of x and dy: one on a CPU, else enough to fill a cache."""
-    num_sets = 1
-    if jax.default_backend() != "cpu":
-        num_bytes = 2 * math.prod(case.shape) * jnp.dtype(dtype).itemsize
-        num_sets = math.ceil(CACHE_BYTES / num_bytes)
+    num_bytes = 2 * math.prod(case.shape) * jnp.dtype(dtype).itemsize
+    on_cpu = jax.default_backend() == "cpu"
+    num_sets = 1 if on_cpu else math.ceil(CACHE_BYTES / num_bytes)
     draw = np.random.default_rng(0).standard_normal
 
     def pair() -> tuple[jax.Array, jax.Array]:
@@ -152,8 +146,7 @@ def timer(program: programs.Program, pairs: Sequence[tuple[Any, Any]]) -> Timer:
 
 def calls_per_sample(copy: Timer) -> int:
     """Return how many calls make a sample that the clock resolves."""
-    on_cpu = jax.default_backend() == "cpu"
-    wanted = CPU_SAMPLE_SECONDS if on_cpu else DEVICE_SAMPLE_SECONDS
+    wanted = 0.5e-3 if jax.default_backend() == "cpu" else 5e-3  # seconds
     one = statistics.median(copy(3) / 3 for _ in range(3))
     return min(max(math.ceil(wanted / one), 1), MAX_CALLS)
 
@@ -179,10 +172,9 @@ def summarize(group: Group, samples: Any, calls: int, compiled: Any) -> list[Dic
 
     def row(name: str) -> Dict:
         layers = 1 if name == COPY else group.num_layers
-        copies = medians[name] / medians[COPY] / layers if COPY in medians else None
-        trusted = steady(name) and (COPY not in medians or steady(COPY))
-        if copies and name != COPY and group.mode in GRADIENT_MODES:
-            trusted = trusted and copies >= FLOOR_IN_COPIES
+        copies = medians[name] / medians[COPY] / layers
+        floor = FLOOR_IN_COPIES if group.mode in GRADIENT_MODES else 0
+        above = name == COPY or copies >= floor
         _, *sizes = compiled[name]
         per_x = [None if size is None else size / x_bytes / layers for size in sizes]
         return {
@@ -198,7 +190,7 @@ def summarize(group: Group, samples: Any, calls: int, compiled: Any) -> list[Dic
             "calls_per_round": calls,
             "median_ms": 1000 * medians[name],
             "quartiles_ms": [1000 * times[name][i] for i in (quarter, -1 - quarter)],
-            "trusted": trusted,
+            "trusted": above and steady(name) and steady(COPY),
             "copies": copies,
             "over_jaxbn": medians[name] / medians[OURS] if OURS in medians else None,
             "sizes_accessed": per_x[0],

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,18 +20,12 @@ class Program(NamedTuple):
     """A compiled function of (x, dy), with parameters and state in place.
 
     It returns all that a training step would use. What XLA does not tell is None.
-
-    Attributes:
-      call: The function.
-      bytes_accessed: By all its operations.
-      temp_bytes: Allocated beside arguments and results.
-      residual_bytes: Kept for the backward pass, counting arrays as large as x or half
-        of it; None where there is no backward pass.
     """
 
     call: Callable[[Any, Any], Any]
-    bytes_accessed: float | None = None
-    temp_bytes: int | None = None
+    bytes_accessed: float | None = None  # by all operations
+    temp_bytes: int | None = None  # allocated beside arguments and results
+    # Kept for the backward pass, in arrays of at least half the size of x.
     residual_bytes: int | None = None
 
 
@@ -157,20 +152,17 @@ def torch_program(group: Group, x: Any, dy: Any) -> Program:
 def all_reduces(build: Build, *, named: bool) -> dict[str, int] | None:
     """Count the all-reduces in a layer's optimized programs on two devices.
 
-    Args:
-      build: The peer's.
-      named: Whether the layer is told the devices' axis, under `shard_map`; else the
-        batch is a sharded array under plain jit.
+    A layer that is `named` is told the devices' axis, under `shard_map`; else the batch
+    is a sharded array under plain jit.
 
     Returns:
-      How many are in `forward` and in `forward+backward`; None where the layer has no
-      named axes, or where there are no two devices.
+      How many are in each mode; None where the layer has no named axes, or where there
+      are no two devices.
     """
     devices = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
     if len(devices) < 2:
         return None
-    auto = (AxisType.Auto,)
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=auto, devices=devices[:2])
+    mesh = jax.make_mesh((2,), ("devices",), (AxisType.Auto,), devices=devices[:2])
     split, whole = PartitionSpec("devices"), PartitionSpec()
     x, inputs = jnp.ones((64, 8)), (split, split, whole, whole)
 
@@ -191,10 +183,12 @@ def all_reduces(build: Build, *, named: bool) -> dict[str, int] | None:
         return jnp.square(y), state
 
     try:
-        layer = build(x[:2], -1, "devices" if named else None)
-        return {
-            "forward": count(forward, split, whole),
-            "forward+backward": count(forward_backward, split, whole, (split, whole)),
-        }
+        with warnings.catch_warnings(action="ignore"):
+            layer = build(x[:2], -1, "devices" if named else None)
+            backward = count(forward_backward, split, whole, (split, whole))
+            return {
+                "forward": count(forward, split, whole),
+                "forward+backward": backward,
+            }
     except Exception:  # a library without named axes fails in a way of its own
         return None

@@ -1,10 +1,10 @@
 """What a person sees: the machine, the tables and the chart."""
 
 import datetime
+import functools
 import importlib.metadata
 import io
 import itertools
-import math
 import os
 import pathlib
 import platform
@@ -44,13 +44,11 @@ def machine(distributions: Iterable[str]) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None  # run from a folder, say
     info = pathlib.Path("/proc/cpuinfo")
-    models = re.findall(
-        r"model name\s*: (.*)", info.read_text() if info.exists() else ""
-    )
-    cpu = next(iter(models), platform.processor() or platform.machine())
+    text = info.read_text() if info.exists() else ""
+    cpu = re.findall(r"model name\s*: (.*)", text) or [platform.processor()]
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cpu": cpu,
+        "cpu": cpu[0] or platform.machine(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # of the last minute
         "system": platform.platform(),
@@ -70,17 +68,16 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def geometric_means(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
     """Return times over that of jaxbn, averaged over layers: contender, mode, dtype."""
-    logs: dict[tuple[str, str, str], list[float]] = {}
+    ratios: dict[str, Any] = {}
     for row in rows:
-        ours = row["contender"] in (COPY, OURS)
-        if row["mode"] in GRADIENT_MODES and not ours and row["over_jaxbn"]:
-            key = row["contender"], row["mode"], row["dtype"]
-            logs.setdefault(key, []).append(math.log(row["over_jaxbn"]))
-    means: dict[str, dict[str, dict[str, float]]] = {}
-    for (name, mode, dtype), each in logs.items():
-        of_mode = means.setdefault(name, {}).setdefault(mode, {})
-        of_mode[dtype] = math.exp(statistics.mean(each))
-    return means
+        ours = row["contender"] in (COPY, OURS) or not row["over_jaxbn"]
+        if row["mode"] in GRADIENT_MODES and not ours:
+            of_mode = ratios.setdefault(row["contender"], {}).setdefault(
+                row["mode"], {}
+            )
+            of_mode.setdefault(row["dtype"], []).append(row["over_jaxbn"])
+    mean = functools.partial(jax.tree.map, statistics.geometric_mean)
+    return mean(ratios, is_leaf=lambda node: isinstance(node, list))
 
 
 def summary(content: Mapping[str, Any]) -> Iterator[Table | str]:
@@ -142,46 +139,37 @@ def _table(title: str, headings: Collection[str]) -> Table:
 
 
 def chart(rows: Rows, device: str) -> bytes | None:
-    """Draw forward + backward in copies, one panel for each dtype, as a PNG.
-
-    Returns:
-      The bytes of the PNG; None where there is nothing to draw.
-    """
-    rows = [row for row in rows if row["mode"] == "forward+backward" and row["copies"]]
-    dtypes = [*dict.fromkeys(row["dtype"] for row in rows)]
-    layers = [*dict.fromkeys(_label(row) for row in rows)]
-    names = [*dict.fromkeys(row["contender"] for row in rows)][1:]  # without the copy
-    if not names:
+    """Draw forward + backward in copies as a PNG, or None if there is none of it."""
+    rows = [row for row in rows if row["mode"] == "forward+backward"]
+    if not rows:
         return None
+    dtypes, layers, names = (
+        [*dict.fromkeys(row[key] for row in rows)]
+        for key in ("dtype", "case", "contender")
+    )
     size = (max(8, 1 + 0.9 * len(layers)), 1.8 + 2.7 * len(dtypes))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(dtypes), 1, squeeze=False)[:, 0]
-    width = 0.85 / len(names)
-    for number, name in enumerate(names):
-        panels[0].bar(0, 0, color=f"C{number}", label=name)
-        for row in rows:
-            if row["contender"] == name:
-                panels[dtypes.index(row["dtype"])].bar(
-                    layers.index(_label(row)) + width * (number - len(names) / 2 + 0.5),
-                    row["copies"],
-                    width,
-                    color=f"C{number}",
-                    alpha=1 if row["trusted"] else 0.3,
-                )
+    ticks = [layer.replace(", ", "\n") for layer in layers]
     for dtype, axes in zip(dtypes, panels, strict=True):
+        for i, name in enumerate(names[1:]):  # without the copy
+            some = [r for r in rows if (r["dtype"], r["contender"]) == (dtype, name)]
+            at = [
+                layers.index(row["case"]) + (i + 1) / len(names) - 0.5 for row in some
+            ]
+            heights = [row["copies"] for row in some]
+            bars = axes.bar(at, heights, 0.9 / len(names), color=f"C{i}", label=name)
+            for bar, row in zip(bars, some, strict=True):
+                bar.set_alpha(1 if row["trusted"] else 0.3)
         axes.axhline(FLOOR_IN_COPIES, color="0.3", linestyle="--")
         axes.set(ylim=(0, TOP), ylabel=f"{dtype}: time in copies of x")
-        axes.set_xticks(range(len(layers)), layers, fontsize=7)
+        axes.set_xticks(range(len(layers)), ticks, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    title = (
-        f"batch norm, forward + backward, on {device}\ndashed: the floor; pale: not "
-    )
-    title += f"to be trusted, the machine was busy; above {TOP}: cut"
-    figure.legend(loc="outside upper center", ncols=5, frameon=False, title=title)
+    title = f"batch norm, forward + backward, on {device}\n"
+    title += f"dashed: the floor; pale: the machine was busy; above {TOP}: cut"
+    handles = panels[0].get_legend_handles_labels()
+    place = {"loc": "outside upper center", "ncols": 5, "frameon": False}
+    figure.legend(*handles, **place, title=title)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     return png.getvalue()
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    return row["case"].replace(", ", "\n")
