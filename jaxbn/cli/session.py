@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import shlex
 import statistics
 import zlib
@@ -24,6 +25,9 @@ def join(coordinator: str, num_processes: int, process_id: int) -> None:
     When one dies, the others see it in the next collective or, at the latest, after a
     minute without a heartbeat, and end.
     """
+    # gRPC would go through a proxy, even to 127.0.0.1.
+    os.environ["no_grpc_proxy"] = coordinator.rpartition(":")[0]  # noqa: SIM112
+    jax.config.update("jax_check_proxy_envs", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator,
