@@ -15,27 +15,19 @@ from jaxbn.cli.training import Settings, Trainer
 
 
 def _be_quiet(hook: Any = sys.unraisablehook) -> None:
-    """Let Orbax say an error once, where it raises it, and not in its logs too.
-
-    After an error of several writes, tensorstore also calls an event loop that Orbax
-    has closed, once for each of them.
-    """
+    """Let Orbax say an error once, where it raises it."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda args: (
-        None if str(args.exc_value) == "Event loop is closed" else hook(args)
-    )
+    # After an error, tensorstore calls an event loop that Orbax has closed.
+    late = "Event loop is closed"
+    sys.unraisablehook = lambda each: str(each.exc_value) == late or hook(each)
 
 
 _be_quiet()
 
 
 class Checkpoints:
-    """The checkpoints in one folder, as `train` writes them and `inspect` reads them.
-
-    Orbax marks a checkpoint as complete when it is: whenever the process is killed,
-    the last complete one is there.
-    """
+    """The checkpoints of a run: whenever it is killed, the last complete one stays."""
 
     def __init__(self, folder: Path, *, writes: bool = False):
         self._path = (folder / "checkpoints").absolute()
@@ -43,19 +35,14 @@ class Checkpoints:
             max_to_keep=2,
             create=writes,
             cleanup_tmp_directories=writes,
-            # The next step overwrites the arrays.
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=False,  # the next step overwrites the arrays
         )
         with self._one_line(f"{folder} cannot hold checkpoints"):
             self._manager: Any = ocp.CheckpointManager(self._path, options=options)
         self.step: int | None = self._manager.latest_step()
 
     def save(self, settings: Settings, trainers: Mapping[str, Trainer]) -> None:
-        """Write all that the next step depends on, and what was seen so far.
-
-        Raises:
-          CommandError: It cannot be written; the last checkpoint is still there.
-        """
+        """Write all that the next step depends on, and what was seen so far."""
         seen = {
             name: {norm: getattr(each, name) for norm, each in trainers.items()}
             for name in ("losses", "accuracies")

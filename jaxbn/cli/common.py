@@ -120,9 +120,6 @@ def make_folder(flag: str, folder: Path) -> None:
     """Make the folder that a flag names, and refuse it before any work.
 
     Permissions do not tell: root may write to /proc by them. So a byte is written.
-
-    Raises:
-      CommandError: No file can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,22 +132,14 @@ def make_folder(flag: str, folder: Path) -> None:
 
 
 def make_room(flag: str, path: Path) -> None:
-    """Make the folder of a file that a flag names, and refuse it before any work.
-
-    Raises:
-      CommandError: The file cannot be written.
-    """
+    """Make the folder of a file that a flag names, and refuse it before any work."""
     make_folder(flag, path.parent)
     if path.is_dir():
         raise CommandError(f"argument {flag}: {path} is a folder")
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file in one step: whenever we are killed, it is the old or the new.
-
-    Raises:
-      CommandError: It cannot be written; the old one is still there.
-    """
+    """Replace a file in one step: whenever we are killed, it is the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

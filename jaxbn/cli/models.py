@@ -7,6 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxbn.linen import BatchNorm
+
 # Called with `use_running_average`; None leaves the layer out.
 Norm = Callable[..., Callable[[jax.Array], jax.Array]] | None
 
@@ -17,13 +19,8 @@ def norm_layer(name: str) -> Norm:
     With momentum 0.9 the running statistics are those of the last 10 batches or so:
     a run has a few hundred, and the weights move quickly.
     """
-    if name == "none":
-        return None
-    if name == "flax":
-        return functools.partial(nn.BatchNorm, momentum=0.9)
-    from jaxbn.linen import BatchNorm
-
-    return functools.partial(BatchNorm, momentum=0.9)
+    layer = {"none": None, "flax": nn.BatchNorm, "jaxbn": BatchNorm}[name]
+    return None if layer is None else functools.partial(layer, momentum=0.9)
 
 
 def normalized(x: jax.Array, norm: Norm, train: bool) -> jax.Array:

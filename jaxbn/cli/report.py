@@ -23,10 +23,9 @@ def table(metrics: Mapping[str, Any]) -> Table:
         "test accuracy,\nrunning statistics": ".2%",
         "test accuracy,\nbatch statistics": ".2%",
         "steps\nto 90 %": "d",
-        "ms per\nstep": ".2f",
+        "median ms\nper step": ".2f",
     }
-    rows = Table(caption="ms per step: the median, without compilation")
-    rows.add_column("norm")
+    rows = Table("norm")
     for heading in columns:
         rows.add_column(heading, justify="right")
     for norm, row in metrics["results"].items():

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import shlex
 import statistics
@@ -12,6 +13,8 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxbn.cli import common, digits, report
 from jaxbn.cli.checkpoints import Checkpoints
@@ -20,11 +23,7 @@ from jaxbn.cli.training import MEASURE_EVERY, Mesh, Settings, Trainer
 
 
 def join(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Bring the processes of a run together, by way of process 0.
-
-    When one dies, the others see it in the next collective or, at the latest, after a
-    minute without a heartbeat, and end.
-    """
+    """Bring the processes together: they end a minute after one has died, or sooner."""
     # gRPC would go through a proxy, even to 127.0.0.1.
     os.environ["no_grpc_proxy"] = coordinator.rpartition(":")[0]  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
@@ -51,15 +50,11 @@ def execute(
       defaults: Those of a new run, `given` among them.
       folder: Where to write.
       num_devices: Of each process; None is one.
-
-    Returns:
-      The exit code: 0, or 128 and the number of the signal that interrupted it.
-
-    Raises:
-      CommandError: The run cannot begin, or a file cannot be written.
     """
     mesh, kept = Mesh(_devices(num_devices or 1)), Checkpoints(folder, writes=True)
-    agree(mesh, (kept.step, defaults, given))
+    digest = zlib.crc32(repr((kept.step, defaults, given)).encode()) >> 1
+    if len(set(gathered(digest))) > 1:
+        raise CommandError("the processes differ in flags, or in what --out holds")
     settings, seen = (defaults, None) if kept.step is None else kept.load()
     settings = resumed(given, settings)
     data = digits.load(settings.data)
@@ -72,10 +67,8 @@ def execute(
     epoch_steps = num_images // size
     step, last = kept.step or 0, settings.epochs * epoch_steps
     if step > last:
-        raise CommandError(
-            f"--epochs {settings.epochs} contradicts the run to resume, "
-            f"which has {step / epoch_steps:.4g} of them behind it"
-        )
+        there = f"{step} steps are there, and {last} wanted"
+        raise CommandError(f"--epochs contradicts the run to resume: {there}")
 
     leads = jax.process_index() == 0
     console = common.console(quiet=not leads)
@@ -83,6 +76,7 @@ def execute(
     if seen:
         say(f"going on with the run in {folder} at step {step}")
     trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
+    pairs = trainers.items()
     with contextlib.ExitStack() as stack:
         with common.progress(console) as bar:
             task = bar.add_task("compiling", total=None, seen="")
@@ -96,15 +90,13 @@ def execute(
             bar.update(task, description="training", total=last)
             interrupted = stack.enter_context(common.deferred_interrupts())
             # All processes ask after the same steps.
-            while not (code := mesh.max(interrupted())) and step < last:
+            while not (code := max(gathered(interrupted()))) and step < last:
                 for trainer in trainers.values():
                     trainer.advance()
                 step += 1
                 if step % epoch_steps == 0:
                     kept.save(settings, trainers)
-                tests = (
-                    f"{x} {each.accuracies[-1]:.1%}" for x, each in trainers.items()
-                )
+                tests = [f"{x} {each.accuracies[-1]:.1%}" for x, each in pairs]
                 bar.update(task, completed=step, seen=", ".join(tests))
         if step:
             kept.save(settings, trainers)
@@ -121,48 +113,26 @@ def execute(
 
 
 def _devices(count: int) -> list[Any]:
-    """Return the first `count` devices of each process.
-
-    Raises:
-      CommandError: A process has fewer.
-    """
-    found = []
-    for process in range(jax.process_count()):
-        own = [each for each in jax.devices() if each.process_index == process]
-        if len(own) < count:
-            raise CommandError(
-                f"argument --devices: {count} of {len(own)} {own[0].platform} devices; "
-                "with JAX_PLATFORMS=cpu there are as many as are asked for"
-            )
-        found += own[:count]
-    return found
+    """Return the first `count` devices of each process."""
+    own = jax.local_devices()
+    if len(own) < count:
+        raise CommandError(f"argument --devices: {len(own)} {own[0].platform} devices")
+    everywhere = itertools.groupby(jax.devices(), lambda device: device.process_index)
+    return [device for _, group in everywhere for device in list(group)[:count]]
 
 
-def agree(mesh: Mesh, what: object) -> None:
-    """Refuse, in every process, to train something else in each.
-
-    Raises:
-      CommandError: `what` is not the same in all processes.
-    """
-    digest = zlib.crc32(repr(what).encode()) // 2  # to fit an int32
-    bounds = mesh.max(digest), -mesh.max(-digest)
-    if bounds != (digest, digest):
-        raise CommandError("the processes differ in flags, or in what --out holds")
+def gathered(number: int) -> list[int]:
+    """Return this number, of 31 bits, of every process; all of them must call this."""
+    return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
 
 
 def resumed(given: dict[str, Any], stored: Settings) -> Settings:
-    """Return the settings of a run that is resumed: `epochs` alone may change.
-
-    Raises:
-      CommandError: A flag contradicts the run.
-    """
+    """Return the settings of a run that is resumed: `epochs` alone may change."""
     for name, value in given.items():
         if name != "epochs" and value != getattr(stored, name):
+            differ = f"{value} here, {getattr(stored, name)} there"
             flag = "--" + name.replace("_", "-")
-            raise CommandError(
-                f"{flag} contradicts the run to resume: {value} here, "
-                f"{getattr(stored, name)} there"
-            )
+            raise CommandError(f"{flag} contradicts the run to resume: {differ}")
     return dataclasses.replace(stored, epochs=given.get("epochs", stored.epochs))
 
 
@@ -173,9 +143,9 @@ def summarize(settings: Settings, trainers: dict[str, Trainer]) -> dict[str, Any
         state, shares = trainer.state, trainer.accuracies
         batch = trainer.test_accuracy(state, batch=True) if state.batch_stats else None
         good = [MEASURE_EVERY * i for i, share in enumerate(shares) if share >= 0.9]
-        times = trainer.seconds
+        times, running = trainer.seconds, trainer.test_accuracy(state)
         rows[norm] = {  # first what the table shows
-            "test_accuracy_running_statistics": trainer.test_accuracy(state),
+            "test_accuracy_running_statistics": running,
             "test_accuracy_batch_statistics": batch,
             "steps_to_90_percent": min(good, default=None),
             "median_ms_per_step": 1000 * statistics.median(times) if times else None,

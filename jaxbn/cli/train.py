@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn.cli import common
-from jaxbn.cli.common import CommandError, integer_from
+from jaxbn.cli.common import CommandError
 
 DESCRIPTION = """\
 Train a small network on handwritten digits with each kind of normalization, from the
@@ -23,13 +23,11 @@ examples:
   jaxbn train --resume                        after Ctrl-C, or to go on
   jaxbn train --devices 8                     batches split eight ways
 
-two processes, each with a device, or more with --devices (one line for each):
+two processes (one line for each; the other flags are the same, and all see --out):
   jaxbn train --join HOST:PORT 2 0
   jaxbn train --join HOST:PORT 2 1
-The other flags are the same for all, and all see the folder --out. Process 0 prints.
-The processes wait a minute for each other. There is no encryption and no password: let
-the network be one you trust. If a process dies, the others end with an error within two
-minutes. Ctrl-C in one stops all.
+Let the network be one you trust: there is no encryption and no password. If a process
+dies, the others end with an error within two minutes. Ctrl-C in one stops all.
 
 written to the folder --out:
   checkpoints/     by Orbax, of the last two epochs: weights, statistics, losses
@@ -37,11 +35,11 @@ written to the folder --out:
   curves.png       test accuracy and training loss against steps
 
 Ctrl-C and SIGTERM stop after the current step and write all of these. Even after
-kill -9, a run that is resumed ends in the same bits as one that was never stopped. A
-checkpoint does not depend on the number of devices; the last bits of its numbers do.
+kill -9, a run that is resumed ends in the same bits as one that was never stopped,
+on the same number of devices.
 
-exit code: 0; 1 a package is missing, or another process has died; 2 a wrong flag or
-file; 130 after Ctrl-C; 143 after SIGTERM
+exit code: 0; 1 a package is missing; 2 a wrong flag or file, or another process has
+died; 130 after Ctrl-C; 143 after SIGTERM
 """
 
 NORMS = ("jaxbn", "none", "flax")
@@ -67,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, help=help, **kwargs)
 
     def number(flag: str, low: int, help: str, high: int | None = None) -> None:
-        add(flag, help, type=integer_from(low, high), metavar="N")
+        add(flag, help, type=common.integer_from(low, high), metavar="N")
 
     cnn = "cnn: a residual network of 5 convolutions, SGD with momentum"
     mlp = "mlp: 3 hidden layers of 100 sigmoids, plain SGD (default: cnn)"
@@ -142,11 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of this folder; the lock ends with the process.
-
-    Raises:
-      CommandError: Another run is there.
-    """
+    """Keep other runs out of this folder; the lock ends with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,11 +153,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check(folder: Path, *, resume: bool) -> bool:
-    """Return whether the folder holds a run to go on with.
-
-    Raises:
-      CommandError: It holds something that would be mixed with the new run.
-    """
+    """Return whether the folder holds a run to go on with."""
     names = {path.name for path in folder.iterdir()}
     held = any(path.name.isdecimal() for path in folder.glob("checkpoints/*"))
     what = ""

@@ -40,10 +40,9 @@ class TrainState(NamedTuple):
 
 
 class Mesh:
-    """Devices, of one process or several, which split every batch.
+    """Devices that split every batch: under `jit`, XLA splits what it computes of it.
 
-    Under plain `jit` XLA splits the computation as its batch is split; the mean loss
-    and the statistics of the norms remain those of the whole batch.
+    The mean loss and the statistics of the norms remain those of the whole batch.
     """
 
     def __init__(self, devices: list[Any]):
@@ -51,16 +50,10 @@ class Mesh:
         self.size = len(devices)
         self.split = NamedSharding(mesh, PartitionSpec("examples"))
         self.whole = NamedSharding(mesh, PartitionSpec())
-        self._max = jax.jit(jnp.max, out_shardings=self.whole)
 
     def place(self, array: Any, sharding: NamedSharding) -> jax.Array:
         """Put an array that every process has on the devices."""
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-    def max(self, number: int) -> int:
-        """Return the largest `number` of all processes; each must call this."""
-        numbers = np.full(self.size, number, np.int32)
-        return int(self._max(self.place(numbers, self.split)))
 
 
 class Trainer:
@@ -105,11 +98,7 @@ class Trainer:
         self._step = self._step.lower(self.state, *self._batch()).compile()
 
     def advance(self) -> None:
-        """Take a step.
-
-        Step n depends on the settings and on step n - 1 alone, so that a run that is
-        resumed anywhere ends in the same bits.
-        """
+        """Take a step, which depends on the settings and on the step before alone."""
         batch, begun = self._batch(), time.perf_counter()
         self.state, loss = self._step(self.state, *batch)
         self.losses.append(float(loss))  # waits for the step to be done
@@ -149,13 +138,9 @@ class Trainer:
         return jnp.sum(logits.argmax(-1) == labels)
 
     def test_accuracy(self, state: TrainState, *, batch: bool = False) -> float:
-        """Return the share of the test set that is recognized.
+        """Return the share of the test set that is recognized, by running statistics.
 
-        Each process does this for itself, on one device.
-
-        Args:
-          state: Of this network; it is not updated.
-          batch: Whether batch statistics normalize, and not the running ones.
+        Or, if `batch`, by batch statistics. Each process measures this on one device.
         """
         state = jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
         images, labels = self._data.test_images, self._data.test_labels
