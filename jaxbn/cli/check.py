@@ -73,9 +73,11 @@ def run(args: argparse.Namespace) -> int:
     out.print(report.machine_line(machine))
     chosen = cases(jax.device_count())
     rows: list[dict[str, Any]] = []
-    with common.progress(out) as bar:
+    with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
         task = bar.add_task("checking", total=len(chosen), seen="")
         for case in chosen:
+            if interrupted():
+                raise KeyboardInterrupt
             bar.update(task, seen=f"{case.dtype}, {case.name}")
             try:
                 found = errors(case)

@@ -168,9 +168,7 @@ exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     number = {"metavar": "N", "type": common.integer_from(1)}
-    names = {"choices": tuple(EXPERIMENTS), "metavar": "EXPERIMENT"}
-    text = f"one of {', '.join(EXPERIMENTS)}"
-    parser.add_argument("experiment", **names, help=text)
+    parser.add_argument("experiment", choices=[*EXPERIMENTS], help="see above")
     text = "seeds 0 to N - 1, each with its weights and batches (default: 5)"
     parser.add_argument("--seeds", **number, default=5, help=text)
     text = "at most so many passes over the training set, for a quick look"
@@ -198,22 +196,25 @@ def run(args: argparse.Namespace) -> int:
     content |= {"title": experiment.title, "paper": experiment.paper}
     content |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     rows = content["rows"] = []
-    try:
-        data = digits.load()
-        with common.progress(out) as bar:
-            task = bar.add_task("epochs", total=total, seen="")
-            for variant in variants:
-                bar.update(task, seen=f"{variant.group}: {variant.name}")
-                measured = train(variant, data, seeds, experiment.every_epoch)
-                for epoch, shares in enumerate(measured, 1):
-                    if shares is not None:
-                        rows.append(_row(variant, epoch, shares))
-                        common.write_json(file, content)
-                    bar.advance(task)
-        content["complete"] = True
-    except KeyboardInterrupt:
-        if not rows:
-            raise
+    data = digits.load()
+    # Ctrl-C counts between epochs: raised inside JAX, it can crash the process.
+    with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
+        task = bar.add_task("epochs", total=total, seen="")
+        for variant in variants:
+            bar.update(task, seen=f"{variant.group}: {variant.name}")
+            measured = train(variant, data, seeds, experiment.every_epoch)
+            for epoch, shares in enumerate(measured, 1):
+                bar.advance(task)
+                if shares is not None:
+                    rows.append(_row(variant, epoch, shares))
+                    common.write_json(file, content)
+                if interrupted():
+                    break
+            if interrupted():
+                break
+    if not rows:
+        raise KeyboardInterrupt
+    content["complete"] = not interrupted()
     common.write_json(file, content)
     out.print(_table(experiment, rows, seeds))
     out.print(experiment.paper)
@@ -221,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"written: {file}")
     if not content["complete"]:
         out.print("interrupted: that is what was finished until then")
-    return 0 if content["complete"] else 130
+    return interrupted()
 
 
 def _row(variant: Variant, epoch: int, accuracies: "Accuracies") -> dict[str, Any]:
@@ -371,8 +372,8 @@ def train(
     for epoch in range(variant.epochs):
         states = next_epoch(states, jnp.asarray(indices(epoch)))
         jax.block_until_ready(states)  # for the progress bar
-        measured = None
         if every_epoch or epoch == variant.epochs - 1:
             shares = np.asarray(num_right(states)) / len(test_labels)
-            measured = Accuracies(*shares.tolist())
-        yield measured
+            yield Accuracies(*shares.tolist())
+        else:
+            yield None

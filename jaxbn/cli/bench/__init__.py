@@ -108,31 +108,34 @@ def run(args: argparse.Namespace) -> int:
     }
     content |= {"floor_in_copies": cases.FLOOR_IN_COPIES, "interrupted": False}
     content |= {"rows": [], "failures": [], "all_reduces": {}}
-    try:
-        with common.progress(out) as bar:
-            task = bar.add_task("measuring", total=len(groups), seen="")
+    # Ctrl-C counts at each `show`: raised inside JAX, it can crash the process.
+    with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
+        task = bar.add_task("measuring", total=len(groups), seen="")
+
+        def show(text: str) -> None:
+            if interrupted():
+                raise KeyboardInterrupt
+            bar.update(task, seen=text)
+
+        try:
             for group in groups:
-
-                def show(text: str, at: cases.Group = group) -> None:
-                    bar.update(task, seen=f"{at}: {text}")
-
                 rows, failures = measure.measure(group, found, rounds, seconds, show)
                 content["rows"] += rows
                 content["failures"] += failures
                 content["geometric_means"] = report.geometric_means(content["rows"])
                 common.write_json(args.json, content)
                 bar.advance(task)
-            bar.update(task, seen="counting all-reduces")
             for name in found:
+                show(f"counting all-reduces of {name}")
                 if build := layers.PEERS[name].build:
                     content["all_reduces"][name] = {
                         "jit": programs.all_reduces(build, named=False),
                         "axis_name": programs.all_reduces(build, named=True),
                     }
-    except KeyboardInterrupt:
-        if not content["rows"]:
-            raise
-        content["interrupted"] = True
+        except KeyboardInterrupt:
+            if not content["rows"]:
+                raise
+            content["interrupted"] = True
     common.write_json(args.json, content)
     for each in report.summary(content):
         out.print(each)
@@ -142,4 +145,4 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"all figures are in {args.json}")
     if content["interrupted"]:
         out.print("interrupted: that is what was measured until then")
-    return 130 if content["interrupted"] else 0
+    return interrupted()

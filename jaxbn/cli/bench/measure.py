@@ -72,7 +72,7 @@ def measure(
 
     pairs = inputs(group.case, group.dtype)
     for name in (COPY, *peers):
-        show(f"compiling {name}")
+        show(f"{group}: compiling {name}")
         try:
             with warnings.catch_warnings(action="ignore"):
                 compiled[name] = _program(name, group, *pairs[0])
@@ -87,7 +87,7 @@ def measure(
     while len(samples) < rounds:
         if len(samples) >= MIN_ROUNDS and time.monotonic() > end:
             break
-        show(f"round {len(samples) + 1}")
+        show(f"{group}: round {len(samples) + 1}")
         samples.append({})
         for name in order.sample([*timers], len(timers)):
             try:
