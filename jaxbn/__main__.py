@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         install = f"pip install 'jaxbn[{EXTRAS[package]}]'"
         command.fail(f"error: {package} is not installed; run: {install}", status=1)
     except KeyboardInterrupt as error:
-        command.fail(f"interrupted; {str(error) or 'nothing was written yet'}", status=130)
+        command.fail(
+            f"interrupted; {str(error) or 'nothing was written yet'}", status=130
+        )
 
 
 if __name__ == "__main__":

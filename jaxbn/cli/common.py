@@ -51,33 +51,27 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def integer_from(low: int, high: int | None = None) -> Callable[[str], int]:
+def integer_from(low: int, high: float = math.inf) -> Callable[[str], int]:
     """Return the type of a flag that takes an integer from `low` to `high`."""
-    wanted = f"an integer of at least {low}"
-    if high is not None:
-        wanted = f"an integer from {low} to {high}"
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := int(text)) <= high:
+                return value
+        wanted = f"an integer of at least {low}"
+        if high < math.inf:
+            wanted = f"an integer from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")
 
     return parse
 
 
 def positive_float(text: str) -> float:
     """Parse the value of a flag that takes a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number > 0; got {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a finite number > 0; got {text!r}")
 
 
 # What a person sees
@@ -117,18 +111,14 @@ def progress(console: "Console") -> "Progress":
 
 
 def make_folder(flag: str, folder: Path) -> None:
-    """Make the folder that a flag names, and refuse it before any work.
-
-    Permissions do not tell: root may write to /proc by them. So a byte is written.
-    """
-    try:
+    """Make the folder that a flag names, and refuse it before any work."""
+    try:  # permissions do not tell: root may write to /proc by them
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise CommandError(
-            f"argument {flag}: cannot write to {folder}: {error.strerror}"
-        ) from error
+        what = f"argument {flag}: cannot write to {folder}: {error.strerror}"
+        raise CommandError(what) from error
 
 
 def make_room(flag: str, path: Path) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 from jaxbn._models.inspection import (
     DEAD,
     EPSILON,
-    LARGEST_KL,
     SCALE_NEAR_ZERO,
     STD_IS_LOST,
     LayerStatistics,
@@ -65,13 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect, print and write."""
     path = args.checkpoint
-    for flag, file, others in (
-        ("--json", args.json, (path, args.png)),
-        ("--png", args.png, (path,)),
-    ):
-        if file in others and file is not None:
-            raise CommandError(f"argument {flag}: {file} would be overwritten")
+    given = {"--json": args.json, "--png": args.png}
+    for flag, file in given.items():
         if file is not None:
+            if [path, *given.values()].count(file) > 1:
+                raise CommandError(f"argument {flag}: {file} would be overwritten")
             common.make_room(flag, file)
     common.first_line(f"loading {printable(str(path))}")
     test_accuracy = None
@@ -188,21 +185,17 @@ def table(layers: Sequence[LayerStatistics], width: int) -> "list[Table | str]":
     lost = ", ".join(f"{limit:.0f} in {name}" for name, limit in STD_IS_LOST.items())
     rows = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     rows.add_column("batch norm" if fits else "")
-    for heading in (
-        "chan-\nnels",
-        "dead",
-        "scale\nnear 0",
-        "worst\nmean/std",
-        "KL\n(nats)",
-    ):
+    headings = ("chan-\nnels", "dead", "scale\nnear 0", "worst\nmean/std")
+    for heading in (*headings, "KL\n(nats)"):
         rows.add_column(heading, justify="right")
     for i, layer in enumerate(layers):
         ratio, kl = layer.worst_mean_over_std, layer.mean_kl
-        dead, weak = len(layer.dead), len(layer.scale_near_zero)
-        far, off = ratio > min(STD_IS_LOST.values()), (kl or 0) > LARGE_KL
-        spread = "–" if kl is None else f"{kl:.2g}"
-        flagged = ((f"{dead}", dead), (f"{weak}", weak), (f"{ratio:.2g}", far))
-        flagged = (*flagged, (spread, off))
+        flagged = (  # red where it is true
+            (str(len(layer.dead)), layer.dead),
+            (str(len(layer.scale_near_zero)), layer.scale_near_zero),
+            (f"{ratio:.2g}", ratio > min(STD_IS_LOST.values())),
+            ("–" if kl is None else f"{kl:.2g}", (kl or 0) > LARGE_KL),
+        )
         cells = [Text(text, "bold red" if flag else "") for text, flag in flagged]
         rows.add_row(names[i] if fits else str(i + 1), str(layer.num_features), *cells)
     note = f"where |mean|/std is above {lost}, the std is lost"
@@ -215,13 +208,12 @@ def verdict(
 ) -> list[str]:
     """Return what is wrong, or that nothing is, and what it does to the accuracy."""
     lines = []
-    worst = layers[0]
-    if worst.mean_kl is not None and worst.mean_kl > LARGE_KL:
-        channel = ", ".join(map(str, worst.worst_channel or ()))
+    kl, channel = layers[0].mean_kl, layers[0].worst_channel or ()
+    if kl is not None and kl > LARGE_KL:
         lines.append(
-            f"worst: {printable(worst.name)}, whose running statistics are "
-            f"{worst.mean_kl:.3g} nats from those of the data, channel {channel} "
-            "furthest"
+            f"worst: {printable(layers[0].name)}, whose running statistics are "
+            f"{kl:.3g} nats from the data's, most in channel "
+            f"{', '.join(map(str, channel))}"
         )
     for layer in layers:
         lost = [k for k, v in STD_IS_LOST.items() if layer.worst_mean_over_std > v]
@@ -244,9 +236,7 @@ def verdict(
 
 
 def figures(
-    checkpoint: str,
-    layers: Sequence[LayerStatistics],
-    test_accuracy: Mapping[str, float] | None,
+    checkpoint: str, layers: Sequence[LayerStatistics], test_accuracy: Any
 ) -> dict[str, Any]:
     """Return all figures, in the order of the table."""
     names = ("path", "num_features", "dead", "scale_near_zero", "not_finite")
@@ -255,18 +245,8 @@ def figures(
     for each in values:
         each["mean_over_std"] = each["mean_over_std"].tolist()
         each["kl"] = None if each["kl"] is None else each["kl"].tolist()
-    thresholds = {
-        "dead_variance": DEAD * EPSILON,
-        "scale_near_zero": SCALE_NEAR_ZERO,
-        "mean_over_std": STD_IS_LOST,
-        "kl_in_place_of_infinity": LARGEST_KL,
-    }
-    return {
-        "checkpoint": checkpoint,
-        "test_accuracy": test_accuracy,
-        "thresholds": thresholds,
-        "layers": values,
-    }
+    content = {"checkpoint": checkpoint, "test_accuracy": test_accuracy}
+    return content | {"mean_over_std_limits": STD_IS_LOST, "layers": values}
 
 
 def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, help: str, **kwargs: Any) -> None:
         parser.add_argument(flag, help=help, **kwargs)
 
-    def number(flag: str, low: int, help: str, high: int | None = None) -> None:
+    def number(flag: str, low: int, help: str, high: float = math.inf) -> None:
         add(flag, help, type=common.integer_from(low, high), metavar="N")
 
     cnn = "cnn: a residual network of 5 convolutions, SGD with momentum"
@@ -146,8 +147,7 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        busy = f"argument --out: another run is writing to {folder} now"
-        raise CommandError(busy) from None
+        raise CommandError(f"argument --out: another run writes to {folder}") from None
     finally:
         os.close(descriptor)
 

@@ -309,7 +309,7 @@ def test_run_is_left_alone(short_run, capsys):
     assert "--resume goes on" in refusal(capsys, "--out", short_run)
     with locked(short_run):
         line = refusal(capsys, "--resume", "--out", short_run)
-    assert f"another run is writing to {short_run} now" in line
+    assert f"another run writes to {short_run}" in line
     for flags in (
         ("--model", "cnn"),
         ("--data", "mnist"),
