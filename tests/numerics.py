@@ -358,7 +358,7 @@ def text(row, library):
 
 
 def main(arguments=None):
-    from jaxbn.cli._bench_peers import find
+    from jaxbn.cli.bench.layers import find
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, choices in [("counts", COUNTS), ("dtypes", DTYPES), ("kinds", KINDS)]:

@@ -1,19 +1,25 @@
-"""Runs of `python -m jaxbn train`, in this process and in others."""
+"""Runs of `jaxbn train`, in this process and in others."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from jaxbn.__main__ import main
+from jaxbn.cli import digits
+from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli.training import Mesh, Trainer
 
 HERE = Path(__file__).parent
 
 # Two networks, 2 epochs of 23 steps each: a second or two, most of it compilation.
-SHORT = ("--model", "mlp", "--norm", "jaxbn", "none", "--epochs", 2)
+SHORT = ("--model", "mlp", "--epochs", 2)
 
 
 def train(*flags: object) -> int:
@@ -58,8 +64,27 @@ def metrics(folder: Path) -> dict:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def checkpoints(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.msgpack")}
+def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that the last checkpoint holds: what was seen, and the states by norm."""
+    kept = Checkpoints(folder)
+    settings, seen = kept.load()
+    data, mesh = digits.load(settings.data), Mesh(jax.local_devices()[:1])
+    trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
+    kept.restore(trainers, seen)
+    return seen, {norm: trainer.state for norm, trainer in trainers.items()}
+
+
+def steps(folder: Path) -> int:
+    """The step of the last checkpoint, 0 where there is none."""
+    names = (path.name for path in folder.glob("checkpoints/*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def assert_same_bits(folder: Path, other: Path) -> None:
+    (seen, states), (other_seen, other_states) = map(checkpoint, (folder, other))
+    assert seen == other_seen
+    jax.tree.map(np.testing.assert_array_equal, states, other_states)

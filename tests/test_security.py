@@ -11,18 +11,17 @@ import msgpack
 import numpy as np
 import pytest
 from flax import serialization
-from runs import files, refusal
+from runs import refusal
 
 import jaxbn
 from jaxbn.__main__ import main
-from jaxbn.cli import _files
 
 SOURCES = sorted(Path(jaxbn.__file__).parent.rglob("*.py"))
 
 # Modules that run what a file says, or that call somebody; the files that may.
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 CALLERS = {"ftplib", "http", "httpx", "requests", "smtplib", "urllib", "urllib3"}
-ALLOWED = {"socket": {"_processes.py"}, "subprocess": {"_bench_worker.py"}}
+ALLOWED = {"socket": set[str](), "subprocess": set[str]()}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -64,16 +63,10 @@ def object_array(trap: bytes) -> bytes:
 @pytest.mark.parametrize("disguise", [bytes, object_array], ids=["pickle", "objects"])
 def test_pickle_is_refused_and_not_run(disguise, tmp_path, capsys):
     trap = pickle.dumps(Trap(tmp_path / "trapped"))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    path = folder / "jaxbn.msgpack"
+    path = tmp_path / "model.msgpack"
     path.write_bytes(disguise(trap))
-    before = files(folder)
-    line = refusal(capsys, "--resume", "--out", folder)
-    assert f"{path} is not an intact checkpoint" in line
     line = refusal(capsys, path, command="inspect")
     assert f"{path} is not a Flax checkpoint" in line
-    assert files(folder) == before
     assert not (tmp_path / "trapped").exists()
     pickle.loads(trap)
     assert (tmp_path / "trapped").exists()  # it would have worked
@@ -93,20 +86,6 @@ def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path, capsys):
     for name in ("?[2J?", *NAMES[1:]):
         assert out.count(name) >= 2  # in the table, and as not finite
     assert "\x1b" not in out
-    content = {"format": 1, "norm": NAMES[0]}
-    content["settings"] = {
-        "model": "mlp",
-        "norm": ["jaxbn"],
-        "epochs": 1,
-        "batch_size": 60,
-        "learning_rate": 1.0,
-        "seed": 0,
-    }
-    content["sha256"] = _files._digest(content)
-    path = tmp_path / "jaxbn.msgpack"
-    path.write_bytes(serialization.msgpack_serialize(content))
-    line = refusal(capsys, "--resume", "--out", tmp_path)
-    assert "it is the one of norm ?[2J?" in line
 
 
 # What the commands do

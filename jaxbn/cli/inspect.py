@@ -1,54 +1,296 @@
-"""`python -m jaxbn inspect`: every batch norm of a checkpoint, the worst one first."""
+"""`jaxbn inspect`: every batch norm of a checkpoint, the worst one first."""
 
 import argparse
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-SUMMARY = "look at every batch norm of a checkpoint, and find the one that is spoiled"
+import numpy as np
+
+from jaxbn._models.inspection import (
+    DEAD,
+    EPSILON,
+    SCALE_NEAR_ZERO,
+    STD_IS_LOST,
+    LayerStatistics,
+)
+from jaxbn.cli import common
+from jaxbn.cli.common import CommandError, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DESCRIPTION = """\
 Show each batch norm of a checkpoint: channels that are dead (variance near 0), whose
 scale is near 0, and whose mean is so many standard deviations away from 0 that float16
 or bfloat16 would lose them.
 
-Of what `train` has written, also how far the running statistics are from those of the
-training digits: the divergence KL(data || running) of two normals, in nats, mean over
-the channels, and the channel where it is worst. The layer where it is largest comes
-first. Each layer is measured with its input normalized by true statistics, so that a
-spoiled layer does not make those after it look bad. 0.5 is a mean that is one standard
-deviation off; in many layers at once much less is felt, and so the test accuracy is
+Of a run of `train`, also how far the running statistics are from those of the training
+digits: the divergence KL(data || running) of two normals, in nats, mean over the
+channels. The layer where it is largest comes first. Each layer is measured with its
+input normalized by true statistics, so that a spoiled layer does not make those after
+it look bad. 0.5 is a mean that is one standard deviation off. The test accuracy is
 shown with and without the damage.
 
-CHECKPOINT is a file of `train`, the folder of a run, or any model's Flax variables with
+CHECKPOINT is the folder of a run, or a file with any model's Flax variables and
 `batch_stats` in them (flax.serialization.to_bytes); these are shown without divergence.
 
 examples:
-  python -m jaxbn inspect runs/cnn
-  python -m jaxbn inspect runs/cnn/flax.msgpack --json flax.json
+  jaxbn inspect runs/cnn
+  jaxbn inspect model.msgpack --json figures.json
 
-exit code: 0; 1 a demo package is missing; 2 a wrong flag or file
+exit code: 0; 1 a package is missing; 2 a wrong flag or file
 """
+
+# A layer whose mean divergence is smaller is healthy.
+LARGE_KL = 0.5
+
+# The norms of `train` that have statistics.
+NORMALIZED = ("jaxbn", "flax")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a msgpack file, or the folder of a run",
-    )
+    """Add the flags."""
+    what = "the folder of a run, or a msgpack file"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
+    what = "which network of a run (default: jaxbn, if it is there)"
+    parser.add_argument("--norm", choices=NORMALIZED, help=what)
     for name, what in (("json", "all figures"), ("png", "the picture")):
-        parser.add_argument(
-            f"--{name}",
-            type=Path,
-            metavar="FILE",
-            help=f"where to write {what} (default: beside the checkpoint, "
-            f"<name>.inspect.{name})",
-        )
+        where = f"where to write {what} (default: <name>.inspect.{name}, beside it)"
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=where)
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect, print and write."""
-    from jaxbn.cli import _inspect_run  # matplotlib and others: not for --help
+    path = args.checkpoint
+    given = {"--json": args.json, "--png": args.png}
+    for flag, file in given.items():
+        if file is not None:
+            if [path, *given.values()].count(file) > 1:
+                raise CommandError(f"argument {flag}: {file} would be overwritten")
+            common.make_room(flag, file)
+    common.first_line(f"loading {printable(str(path))}")
+    test_accuracy = None
+    if path.is_dir():
+        norm, layers, test_accuracy = of_run(path, args.norm)
+        name, beside = f"{path.name} ({norm})", path / norm
+    else:
+        layers, name, beside = of_variables(path), path.name, path.with_suffix("")
 
-    return _inspect_run.execute(args.checkpoint, args.json, args.png)
+    console = common.console()
+    if test_accuracy is None:
+        console.print("not a run of `train`: without a model and data, no divergence")
+    for each in table(layers, console.width):
+        console.print(each)
+    for line in verdict(layers, test_accuracy):
+        console.print(line)
+    json = args.json or beside.with_name(f"{beside.name}.inspect.json")
+    png = args.png or beside.with_name(f"{beside.name}.inspect.png")
+    try:
+        common.write_json(json, figures(str(path), layers, test_accuracy))
+        common.write(png, picture(printable(name), layers))
+    except CommandError as error:
+        console.print(f"{error}: the report above is all there is")
+    else:
+        console.print(f"written: {json} and {png}")
+    return 0
+
+
+def of_variables(path: Path) -> list[LayerStatistics]:
+    """Return the layers of any model's variables."""
+    from flax import serialization
+
+    from jaxbn.linen import inspect_statistics
+
+    data = path.read_bytes()
+    # Bytes that are not a checkpoint can fail in any way, in msgpack and NumPy too.
+    try:
+        content: Any = serialization.msgpack_restore(data)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"it holds one {type(content).__name__}, not variables")
+    except Exception as error:  # not its `repr`, which may hold the whole file
+        what = f"{type(error).__name__}: {error!s:.200}"
+        raise CommandError(f"{path} is not a Flax checkpoint: {what}") from error
+    if {"norm", "settings", "state"} <= content.keys():
+        raise CommandError(f"{path} is of an earlier jaxbn's train: train anew")
+    try:
+        return inspect_statistics(content)
+    except Exception as error:
+        raise CommandError(f"{path} has no batch norm to inspect: {error}") from error
+
+
+def of_run(
+    folder: Path, norm: str | None
+) -> tuple[str, list[LayerStatistics], dict[str, float]]:
+    """Return a norm of a run, its layers, and what they do to the test accuracy."""
+    import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from jaxbn.cli import digits
+    from jaxbn.cli.checkpoints import Checkpoints
+    from jaxbn.cli.training import Mesh, Trainer
+    from jaxbn.linen import inspect_statistics
+
+    if any(folder.glob("*.msgpack")):
+        raise CommandError(f"{folder} is of an earlier jaxbn's train: train anew")
+    if not (folder / "checkpoints").is_dir():
+        raise CommandError(f"{folder} holds no run of `train`")
+    kept = Checkpoints(folder)
+    settings, seen = kept.load()
+    wanted = [each for each in NORMALIZED if norm in (each, None)]
+    found = [each for each in wanted if each in settings.norm]
+    if not found:
+        have = ", ".join(settings.norm)
+        raise CommandError(f"{folder} has no {' or '.join(wanted)}: its norm is {have}")
+    data, mesh = digits.load(settings.data), Mesh(jax.local_devices()[:1])
+    trainers = {each: Trainer(settings, each, data, mesh) for each in settings.norm}
+    kept.restore(trainers, seen)
+    state = trainers[found[0]].state
+    # Our layers have the variables of Flax's, and record what they are given.
+    trainer = Trainer(settings, "jaxbn", data, mesh)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    # In one batch: the statistics of each layer are then exactly those of the digits.
+    images = [data.train_images]
+    layers = inspect_statistics(variables, trainer.model, images, train=True)
+
+    def accuracy(corrected: Sequence[LayerStatistics]) -> float:
+        flat: dict[Any, Any] = dict(flatten_dict(state.batch_stats))
+        for layer in corrected:
+            if layer.data is not None:
+                for name, value in (("mean", layer.data.mean), ("var", layer.data.var)):
+                    flat[*layer.path, name] = jax.numpy.asarray(value, "float32")
+        stats = unflatten_dict(flat)
+        return trainer.test_accuracy(state._replace(batch_stats=stats))
+
+    test_accuracy = {
+        "running statistics": accuracy([]),
+        "true ones in the worst layer": accuracy(layers[:1]),
+        "true ones in all layers": accuracy(layers),
+    }
+    return found[0], layers, test_accuracy
+
+
+# What a person sees
+
+
+def table(layers: Sequence[LayerStatistics], width: int) -> "list[Table | str]":
+    """Return a row for each layer, and names below where they are too long for it."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    names = [printable(layer.name) for layer in layers]
+    fits = max(map(len, names)) + 33 <= width
+    lost = ", ".join(f"{limit:.0f} in {name}" for name, limit in STD_IS_LOST.items())
+    rows = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    rows.add_column("batch norm" if fits else "")
+    headings = ("chan-\nnels", "dead", "scale\nnear 0", "worst\nmean/std")
+    for heading in (*headings, "KL\n(nats)"):
+        rows.add_column(heading, justify="right")
+    for i, layer in enumerate(layers):
+        ratio, kl = layer.worst_mean_over_std, layer.mean_kl
+        flagged = (  # red where it is true
+            (str(len(layer.dead)), layer.dead),
+            (str(len(layer.scale_near_zero)), layer.scale_near_zero),
+            (f"{ratio:.2g}", ratio > min(STD_IS_LOST.values())),
+            ("–" if kl is None else f"{kl:.2g}", (kl or 0) > LARGE_KL),
+        )
+        cells = [Text(text, "bold red" if flag else "") for text, flag in flagged]
+        rows.add_row(names[i] if fits else str(i + 1), str(layer.num_features), *cells)
+    note = f"where |mean|/std is above {lost}, the std is lost"
+    key = [] if fits else [f"{i}  {name}" for i, name in enumerate(names, 1)]
+    return [rows, *key, note]
+
+
+def verdict(
+    layers: Sequence[LayerStatistics], test_accuracy: Mapping[str, float] | None
+) -> list[str]:
+    """Return what is wrong, or that nothing is, and what it does to the accuracy."""
+    lines = []
+    kl, channel = layers[0].mean_kl, layers[0].worst_channel or ()
+    if kl is not None and kl > LARGE_KL:
+        lines.append(
+            f"worst: {printable(layers[0].name)}, whose running statistics are "
+            f"{kl:.3g} nats from the data's, most in channel "
+            f"{', '.join(map(str, channel))}"
+        )
+    for layer in layers:
+        lost = [k for k, v in STD_IS_LOST.items() if layer.worst_mean_over_std > v]
+        wrong = {
+            "running statistics not finite": len(layer.not_finite),
+            "dead": len(layer.dead),
+            "scale near 0": len(layer.scale_near_zero),
+        }
+        said = [f"{what} in {n} channels" for what, n in wrong.items() if n]
+        if lost and not layer.not_finite:
+            said.append(f"not for {' or '.join(lost)} as it is")
+        if said:
+            lines.append(f"{printable(layer.name)}: {', '.join(said)}")
+    if not lines:
+        lines.append(f"all healthy: {len(layers)} batch norms")
+    if test_accuracy is not None:
+        shares = (f"{share:.2%} with {how}" for how, share in test_accuracy.items())
+        lines.append(f"test accuracy: {', '.join(shares)}")
+    return lines
+
+
+def figures(
+    checkpoint: str, layers: Sequence[LayerStatistics], test_accuracy: Any
+) -> dict[str, Any]:
+    """Return all figures, in the order of the table."""
+    names = ("path", "num_features", "dead", "scale_near_zero", "not_finite")
+    names += ("worst_mean_over_std", "mean_kl", "worst_channel", "mean_over_std", "kl")
+    values = [{name: getattr(layer, name) for name in names} for layer in layers]
+    for each in values:
+        each["mean_over_std"] = each["mean_over_std"].tolist()
+        each["kl"] = None if each["kl"] is None else each["kl"].tolist()
+    content = {"checkpoint": checkpoint, "test_accuracy": test_accuracy}
+    return content | {"mean_over_std_limits": STD_IS_LOST, "layers": values}
+
+
+def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:
+    """Draw a dot for each channel, a row for each layer, as the bytes of a PNG."""
+    from matplotlib.figure import Figure
+
+    # By quantity: its values, what is least shown of it, and the limits.
+    panels: dict[str, tuple[list[np.ndarray | None], float, dict[str, float]]] = {
+        "KL(data || running), nats": ([x.kl for x in layers], 1e-6, {}),
+        "|mean| / std": ([x.mean_over_std for x in layers], 1e-3, STD_IS_LOST),
+        "running variance": ([x.var for x in layers], 1e-9, {"dead": DEAD * EPSILON}),
+        "|scale|": (
+            [None if x.scale is None else abs(x.scale) for x in layers],
+            1e-5,
+            {"near 0": SCALE_NEAR_ZERO},
+        ),
+    }
+    panels = {k: v for k, v in panels.items() if any(x is not None for x in v[0])}
+    size = (2 + 3 * len(panels), 1.8 + 0.3 * len(layers))
+    figure = Figure(figsize=size, layout="constrained")
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, panel) in zip(columns, panels.items(), strict=True):
+        rows, floor, limits = panel
+        for row, values in enumerate(rows):
+            # Only finite numbers have a place on an axis.
+            finite = np.zeros(0) if values is None else values[np.isfinite(values)]
+            if finite.size:
+                shown, place = np.maximum(finite, floor), np.full(finite.shape, row)
+                axes.scatter(shown, place, s=14, color="#0072B2", alpha=0.45, lw=0)
+                middle = max(float(finite.mean()), floor)
+                axes.plot(middle, row, "|k", markersize=13, markeredgewidth=2)
+        for (name, limit), line in zip(limits.items(), ("--", ":"), strict=False):
+            axes.axvline(limit, color="#D55E00", linestyle=line, label=name)
+        axes.set(xlabel=label, xscale="log")
+        if limits:
+            place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+            axes.legend(**place, ncols=len(limits), fontsize=8, frameon=False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    names = [printable(layer.name)[-60:] for layer in layers]  # leave room for dots
+    columns[0].set_yticks(range(len(layers)), names, parse_math=False)
+    columns[0].set_ylim(len(layers) - 0.5, -0.5)  # the first row on top
+    title = f"batch norms of {title}: a dot is a channel, a bar their mean"
+    figure.suptitle(title, parse_math=False)  # a `$` is a `$`
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()

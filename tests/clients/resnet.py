@@ -35,7 +35,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import jaxbn.linen
-from jaxbn.cli._arguments import integer_from
+from jaxbn.cli.common import integer_from
 
 NORMS = {"flax": nn.BatchNorm, "jaxbn": jaxbn.linen.BatchNorm}
 CLASSES, WEIGHT_DECAY = 1000, 1e-4  # the example's

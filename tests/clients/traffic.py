@@ -29,7 +29,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.cli._arguments import integer_from
+from jaxbn.cli.common import integer_from
 from jaxbn.linen import BatchNorm
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -1,4 +1,4 @@
-"""The two networks, each with a batch norm layer that can be exchanged or left out."""
+"""The two networks; their normalization layer can be exchanged or left out."""
 
 import functools
 from collections.abc import Callable
@@ -7,23 +7,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxbn.linen import BatchNorm
+
 # Called with `use_running_average`; None leaves the layer out.
 Norm = Callable[..., Callable[[jax.Array], jax.Array]] | None
 
 
 def norm_layer(name: str) -> Norm:
-    """The layer that `--norm` names.
+    """Return the layer that `--norm` names.
 
     With momentum 0.9 the running statistics are those of the last 10 batches or so:
     a run has a few hundred, and the weights move quickly.
     """
-    if name == "none":
-        return None
-    if name == "flax":
-        return functools.partial(nn.BatchNorm, momentum=0.9)
-    from jaxbn.linen import BatchNorm
-
-    return functools.partial(BatchNorm, momentum=0.9)
+    layer = {"none": None, "flax": nn.BatchNorm, "jaxbn": BatchNorm}[name]
+    return None if layer is None else functools.partial(layer, momentum=0.9)
 
 
 def normalized(x: jax.Array, norm: Norm, train: bool) -> jax.Array:
@@ -40,6 +37,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Apply the network, with batch statistics if `train`."""
         # What the norm's mean takes away needs no bias before it.
         conv = functools.partial(nn.Conv, self.features, use_bias=self.norm is None)
         y = conv((3, 3), strides=self.stride, name="first")(x)
@@ -52,12 +50,13 @@ class ResidualBlock(nn.Module):
 
 
 class CNN(nn.Module):
-    """A small residual network: (examples, 8, 8, 1) -> (examples, 10) logits."""
+    """A small residual network: (examples, side, side, 1) -> (examples, 10) logits."""
 
     norm: Norm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Apply the network, with batch statistics if `train`."""
         x = nn.Conv(16, (3, 3), use_bias=self.norm is None)(x)
         x = nn.relu(normalized(x, self.norm, train))
         x = ResidualBlock(16, self.norm)(x, train=train)
@@ -66,18 +65,18 @@ class CNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Three hidden layers of 100 sigmoids: (examples, 8, 8, 1) -> (examples, 10).
+    """Three hidden layers of 100 sigmoids: images -> (examples, 10) logits.
 
-    The network of Ioffe & Szegedy (2015), section 4.1, on smaller images: the norm
-    before each sigmoid, weights drawn from a small Gaussian. The paper does not say
-    how small; 0.1 keeps the variance of 100 inputs, and with a tenth of that the plain
-    network hardly learns at all.
+    The network of Ioffe & Szegedy (2015), section 4.1. The paper does not say how
+    small the first weights are: 0.1 keeps the variance of 100 inputs, and with a tenth
+    of that the plain network hardly learns at all.
     """
 
     norm: Norm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Apply the network, with batch statistics if `train`."""
         small = nn.initializers.normal(0.1)
         x = x.reshape(len(x), -1)
         for _ in range(3):
@@ -87,5 +86,5 @@ class MLP(nn.Module):
 
 
 def create(model: str, norm: str) -> Any:
-    """The network that `--model` and `--norm` name."""
+    """Return the network that `--model` and `--norm` name."""
     return {"cnn": CNN, "mlp": MLP}[model](norm=norm_layer(norm))

@@ -1,0 +1,162 @@
+"""One run of `train`, from the processes that join it to the files it leaves."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import shlex
+import statistics
+import zlib
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxbn.cli import common, digits, report
+from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli.common import CommandError
+from jaxbn.cli.training import MEASURE_EVERY, Mesh, Settings, Trainer
+
+
+def join(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Bring the processes together: they end a minute after one has died, or sooner."""
+    # gRPC would go through a proxy, even to 127.0.0.1.
+    os.environ["no_grpc_proxy"] = coordinator.rpartition(":")[0]  # noqa: SIM112
+    jax.config.update("jax_check_proxy_envs", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        cluster_detection_method="deactivate",  # do not ask a cloud who we are
+        coordinator_bind_address=coordinator,  # on no other network
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=60,
+        shutdown_timeout_seconds=60,
+    )
+
+
+def execute(
+    given: dict[str, Any], defaults: Settings, folder: Path, num_devices: int | None
+) -> int:
+    """Train the networks of all norms, step by step, and write what came of it.
+
+    Args:
+      given: The settings that were named on the command line.
+      defaults: Those of a new run, `given` among them.
+      folder: Where to write.
+      num_devices: Of each process; None is one.
+    """
+    mesh, kept = Mesh(_devices(num_devices or 1)), Checkpoints(folder, writes=True)
+    digest = zlib.crc32(repr((kept.step, defaults, given)).encode()) >> 1
+    if len(set(gathered(digest))) > 1:
+        raise CommandError("the processes differ in flags, or in what --out holds")
+    settings, seen = (defaults, None) if kept.step is None else kept.load()
+    settings = resumed(given, settings)
+    data = digits.load(settings.data)
+    num_images, size = len(data.train_labels), settings.batch_size
+    if size > num_images or size % mesh.size:
+        raise CommandError(
+            f"argument --batch-size: must be at most {num_images} and a multiple of "
+            f"{mesh.size}, the number of devices; got {size}"
+        )
+    epoch_steps = num_images // size
+    step, last = kept.step or 0, settings.epochs * epoch_steps
+    if step > last:
+        there = f"{step} steps are there, and {last} wanted"
+        raise CommandError(f"--epochs contradicts the run to resume: {there}")
+
+    leads = jax.process_index() == 0
+    console = common.console(quiet=not leads)
+    say = functools.partial(console.print, soft_wrap=True)
+    if seen:
+        say(f"going on with the run in {folder} at step {step}")
+    trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
+    pairs = trainers.items()
+    with contextlib.ExitStack() as stack:
+        with common.progress(console) as bar:
+            task = bar.add_task("compiling", total=None, seen="")
+            if seen:
+                kept.restore(trainers, seen)
+            for trainer in trainers.values():
+                if not seen:
+                    trainer.start()
+                if step < last:
+                    trainer.compile()
+            bar.update(task, description="training", total=last)
+            interrupted = stack.enter_context(common.deferred_interrupts())
+            # All processes ask after the same steps.
+            while not (code := max(gathered(interrupted()))) and step < last:
+                for trainer in trainers.values():
+                    trainer.advance()
+                step += 1
+                if step % epoch_steps == 0:
+                    kept.save(settings, trainers)
+                tests = [f"{x} {each.accuracies[-1]:.1%}" for x, each in pairs]
+                bar.update(task, completed=step, seen=", ".join(tests))
+        if step:
+            kept.save(settings, trainers)
+        if step and leads:
+            metrics = summarize(settings, trainers)
+            common.write_json(folder / "metrics.json", metrics)
+            common.write(folder / "curves.png", report.curves(metrics))
+            console.print(report.table(metrics))
+            say(f"{folder} holds checkpoints, curves.png and metrics.json")
+    if code:
+        where = shlex.quote(str(folder))
+        say(f"interrupted at step {step}; go on: jaxbn train --resume --out {where}")
+    return code
+
+
+def _devices(count: int) -> list[Any]:
+    """Return the first `count` devices of each process."""
+    own = jax.local_devices()
+    if len(own) < count:
+        raise CommandError(f"argument --devices: {len(own)} {own[0].platform} devices")
+    everywhere = itertools.groupby(jax.devices(), lambda device: device.process_index)
+    return [device for _, group in everywhere for device in list(group)[:count]]
+
+
+def gathered(number: int) -> list[int]:
+    """Return this number, of 31 bits, of every process; all of them must call this."""
+    return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
+
+
+def resumed(given: dict[str, Any], stored: Settings) -> Settings:
+    """Return the settings of a run that is resumed: `epochs` alone may change."""
+    for name, value in given.items():
+        if name != "epochs" and value != getattr(stored, name):
+            differ = f"{value} here, {getattr(stored, name)} there"
+            flag = "--" + name.replace("_", "-")
+            raise CommandError(f"{flag} contradicts the run to resume: {differ}")
+    return dataclasses.replace(stored, epochs=given.get("epochs", stored.epochs))
+
+
+def summarize(settings: Settings, trainers: dict[str, Trainer]) -> dict[str, Any]:
+    """Return the content of metrics.json."""
+    rows = {}
+    for norm, trainer in trainers.items():
+        state, shares = trainer.state, trainer.accuracies
+        batch = trainer.test_accuracy(state, batch=True) if state.batch_stats else None
+        good = [MEASURE_EVERY * i for i, share in enumerate(shares) if share >= 0.9]
+        times, running = trainer.seconds, trainer.test_accuracy(state)
+        rows[norm] = {  # first what the table shows
+            "test_accuracy_running_statistics": running,
+            "test_accuracy_batch_statistics": batch,
+            "steps_to_90_percent": min(good, default=None),
+            "median_ms_per_step": 1000 * statistics.median(times) if times else None,
+            "steps": len(trainer.losses),
+            "training_loss": trainer.losses,
+            "test_accuracy": shares,
+        }
+    return {
+        "settings": dataclasses.asdict(settings),
+        "versions": {"jax": jax.__version__, "flax": flax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "test_accuracy_every": MEASURE_EVERY,
+        "results": rows,
+    }
