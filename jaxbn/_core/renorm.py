@@ -119,8 +119,8 @@ def step_limits(
         >>> print(r_max(jnp.array([999, 1000])), d_max(jnp.array([999, 1000])))
         [1. 3.] [0. 5.]
 
-    Source: Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning for
-    Greater Sample Efficiency and Simplicity", 2024, and its code.
+    Source: Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning
+    for Greater Sample Efficiency and Simplicity", 2024, and its code.
     """
     if not _checks.check_number("warmup", warmup) >= 0:
         raise ValueError(f"`warmup` must not be negative; got {warmup}")
