@@ -10,7 +10,7 @@ from jaxbn._core.functional import batch_norm, batch_renorm, ghost_batch_norm
 from jaxbn._core.kernel import Cache, backward, forward
 from jaxbn._core.moments import Moments, batch_moments, merge_moments
 from jaxbn._core.normalize import Params, normalize
-from jaxbn._core.renorm import ramp_d_max, ramp_r_max
+from jaxbn._core.renorm import ramp_d_max, ramp_r_max, step_limits
 from jaxbn._core.running import State, update_state
 from jaxbn._fold import fold, fold_before
 from jaxbn._fold_tree import fold_tree
@@ -41,5 +41,6 @@ __all__ = [
     "normalize",
     "ramp_d_max",
     "ramp_r_max",
+    "step_limits",
     "update_state",
 ]

@@ -181,6 +181,7 @@ CALLS = {
     "init": (jaxbn.init, lambda: {"num_features": 5}),
     "ramp_r_max": (jaxbn.ramp_r_max, lambda: {"num_updates": 3}),
     "ramp_d_max": (jaxbn.ramp_d_max, lambda: {"num_updates": 3}),
+    "step_limits": (jaxbn.step_limits, lambda: {"warmup": 3}),
     "fold": (jaxbn.fold, lambda: {"kernel": f32(3, 5), "bias": f32(5), **norm()}),
     "fold_before": (
         jaxbn.fold_before,
@@ -321,11 +322,14 @@ AXIS = [
     (-3, ValueError, r"must lie in \[-2, 2\) for x of rank 2; got -3"),
     ((1, -1), ValueError, r"must name each axis of x once; got \(1, -1\)"),
 ]
-EPSILON = [
+NUMBER = [
     *((b, TypeError, "must be a Python number, known") for b in (WORD, b"1", True)),
     *((b, TypeError, "must be a Python number, known") for b in (np.True_, Traced(1))),
     *((b, TypeError, "must be a number; got") for b in (None, 1j, [1e-5], 10**400)),
     *((b, TypeError, "must be a number; got") for b in (f32(5), object())),
+]
+EPSILON = [
+    *NUMBER,
     *((b, ValueError, "must be positive and finite") for b in (0, -1e-5, NAN, INF)),
 ]
 MOMENTUM = [
@@ -561,6 +565,12 @@ ROWS = {
     "fold.state": fold_tuple("state", STATE, "mean"),
     "fold_before.params": fold_tuple("params", PARAMS, "scale"),
     "fold_before.state": fold_tuple("state", STATE, "var"),
+    "step_limits.warmup": [
+        *named("warmup", NUMBER),
+        *((bad, ValueError, "`warmup` must not be negative") for bad in (-1, NAN)),
+    ],
+    "step_limits.r_max": named("r_max", NUMBER) + LARGE_ENOUGH["r_max"],
+    "step_limits.d_max": named("d_max", NUMBER) + LARGE_ENOUGH["d_max"],
     "features_axis": [
         (bad, TypeError, f"`features_axis` .*{INTS}") for bad in (None, WORD, 1.5, True)
     ]

@@ -28,6 +28,7 @@ def test_public_names():
     named |= {"merge_moments", "normalize", "forward", "backward", "convert"}
     named |= {"ghost_batch_norm", "batch_renorm", "fold", "fold_before", "fold_tree"}
     named |= {"update_state", "ramp_r_max", "ramp_d_max", "Cache"}
+    named |= {"step_limits"}
     assert set(jaxbn.__all__) == named
     assert all(hasattr(jaxbn, name) for name in named)
 

@@ -1,5 +1,6 @@
 """Batch renorm: the correction of a batch towards the running statistics."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -16,8 +17,9 @@ from jaxbn._core.moments import Moments
 from jaxbn._core.normalize import rstd_of
 from jaxbn._core.running import State
 
-# A number, an array, or a schedule: a function of the number of updates so far.
-Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
+# A function of the number of updates so far.
+Schedule = Callable[[jax.Array], ArrayLike]
+Limit = ArrayLike | Schedule
 
 
 def corrected_parameters(
@@ -88,6 +90,57 @@ def ramp_d_max(num_updates: jax.Array) -> jax.Array:
     Source: Ioffe, "Batch Renormalization", 2017, section 4.1.
     """
     return 5 * _ramp(num_updates, 5_000, 25_000)
+
+
+def step_limits(
+    warmup: int, r_max: float = 3.0, d_max: float = 5.0
+) -> tuple[Schedule, Schedule]:
+    """Return CrossQ's limits: plain batch norm for `warmup` updates, then r_max, d_max.
+
+    Equal arguments give equal schedules. They can be hashed and pickled, so that they
+    are fields of a Flax module that compiles once.
+
+    Args:
+        warmup: How many updates normalize as batch norm does, with r = 1 and d = 0.
+            CrossQ takes 100,000.
+        r_max: At least 1: the limit on r after the warm-up.
+        d_max: At least 0: the limit on d after the warm-up.
+
+    Returns:
+        The schedules for `r_max` and `d_max`: functions of the number of updates.
+
+    Raises:
+        ValueError: `warmup` is negative, `r_max` below 1 or `d_max` below 0.
+        TypeError: An argument is not a number, or is traced.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> r_max, d_max = jaxbn.step_limits(1000)
+        >>> print(r_max(jnp.array([999, 1000])), d_max(jnp.array([999, 1000])))
+        [1. 3.] [0. 5.]
+
+    Source: Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning
+    for Greater Sample Efficiency and Simplicity", 2024, and its code.
+    """
+    if not _checks.check_number("warmup", warmup) >= 0:
+        raise ValueError(f"`warmup` must not be negative; got {warmup}")
+    largest = _checks.check_number("r_max", r_max)
+    furthest = _checks.check_number("d_max", d_max)
+    check_limits(largest, furthest)
+    return _Step(warmup, 1.0, largest), _Step(warmup, 0.0, furthest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A schedule that changes once; not a closure, which would equal itself alone."""
+
+    warmup: int
+    before: float
+    after: float
+
+    def __call__(self, num_updates: jax.Array) -> jax.Array:
+        t = _real("num_updates", num_updates)
+        return jnp.where(t < self.warmup, self.before, self.after)
 
 
 def _ramp(num_updates: jax.Array, begin: int, end: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Batch renorm against the paper's algorithm in float64 NumPy."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+from jaxbn.linen import BatchRenorm
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(12, 3)) * [1, 5, 0.2] + [0, 3, -1]
@@ -109,6 +111,33 @@ def test_the_ramp_begins_as_batch_norm_and_ends_at_3_and_5():
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_step_limits_open_at_once_after_the_warmup():
+    x, params, state = arguments()
+    r_max, d_max = jaxbn.step_limits(4, 1.5, 0.5)
+    for updates, limits in [(3, (1, 0)), (4, (1.5, 0.5))]:
+        state = state._replace(num_updates=jnp.int32(updates))
+        got, _ = renorm(r_max=r_max, d_max=d_max)(x, params, state)
+        want, _ = renorm(r_max=limits[0], d_max=limits[1])(x, params, state)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_equal_step_limits_compile_once():
+    assert jaxbn.step_limits(7) != jaxbn.step_limits(8)
+    assert pickle.loads(pickle.dumps(jaxbn.step_limits(7))) == jaxbn.step_limits(7)
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(norm, variables, x):
+        traces.append(norm)
+        return norm.apply(variables, x, mutable=["batch_stats"])
+
+    for _ in range(2):
+        r_max, d_max = jaxbn.step_limits(7)
+        norm = BatchRenorm(False, r_max=r_max, d_max=d_max)
+        step(norm, norm.init(jax.random.key(0), jnp.ones((4, 3))), jnp.ones((4, 3)))
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("limits", [(1, 0), (3, 5)])
 def test_constant_feature_has_no_nan(limits):
     x = jnp.ones((6, 3)).at[:, 0].set(jnp.arange(6.0))
@@ -176,3 +205,10 @@ def test_bad_limits(kwargs, message):
     x, params, state = arguments()
     with pytest.raises(ValueError, match=message):
         jaxbn.batch_renorm(x, params, state, train=True, **kwargs)
+    with pytest.raises(ValueError, match=message.partition(";")[0]):
+        jaxbn.step_limits(9, **kwargs)
+
+
+def test_a_negative_warmup():
+    with pytest.raises(ValueError, match="`warmup` must not be negative; got -1"):
+        jaxbn.step_limits(-1)
