@@ -167,9 +167,10 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
         super().__post_init__()
 
 
-# The changes to Flax's batch norms in what is traced now, as pairs of name and value:
-# a part of jit's key. Made once, as every new context makes JAX trace all anew.
-CHANGES = jax.make_user_context(())
+# The changes to Flax's batch norms in what is traced now, pairs of name and value; None
+# where nothing is replaced. A part of jit's key, and made once: JAX traces all anew for
+# each new context.
+CHANGES = jax.make_user_context(None)
 
 _FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 _FLAX_FIELDS = nn.BatchNorm.__dataclass_fields__.keys() - {"parent", "name"}
@@ -198,7 +199,7 @@ def compute_as_ours(
             )
         elif last.func is _FLAX_CALL:
             fields = {name: getattr(module, name) for name in _FLAX_FIELDS}
-            norm = BatchNorm(**fields | dict(CHANGES.value), parent=None)
+            norm = BatchNorm(**fields | dict(CHANGES.value or ()), parent=None)
             ours = functools.partial(_normalized, module, norm)
             last.__setstate__((ours, (), {}, None))
     return method(*args, **kwargs)

@@ -60,9 +60,8 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
         )
     fields = BatchNorm.__dataclass_fields__.keys() - {"parent", "name"}
     _checks.check_changes(changes, fields, "fields of jaxbn.linen.BatchNorm")
-    norm = BatchNorm(**changes, parent=None)  # makes tuples of lists
-    changes = {name: getattr(norm, name) for name in changes}
-    for name, value in changes.items():
+    token = dict(CHANGES.value or ()) | {k: _frozen(v) for k, v in changes.items()}
+    for name, value in token.items():
         try:
             hash(value)
         except TypeError:
@@ -80,11 +79,14 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
         found |= isinstance(context.module, nn.BatchNorm | BatchNormBase)
         return compute_as_ours(method, args, kwargs, context)
 
-    token = tuple(sorted((dict(CHANGES.value) | changes).items()))
-    with CHANGES(token), nn.intercept_methods(look):
+    with CHANGES(tuple(sorted(token.items()))), nn.intercept_methods(look):
         yield
     if called and not found:
         raise ValueError(
-            "`replace_batch_norm` must be around a model with a flax.linen.BatchNorm; "
-            "got one that calls none"
+            "`replace_batch_norm` must be around calls of a flax.linen.BatchNorm; got a "
+            "model without (if a jitted function hides them, enter it in there)"
         )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

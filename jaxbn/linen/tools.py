@@ -45,7 +45,8 @@ def recalibrate(
     parameters (SWA, EMA), nothing at all. Here every batch norm, ours or Flax's, gets
     the exact mean and biased variance of what it is given over all `batches`: each
     batch's moments, merged with weights equal to their counts, so that batches of
-    unequal size and masks are right. What `torch.optim.swa_utils.update_bn` does, but exactly.
+    unequal size and masks are right. What `torch.optim.swa_utils.update_bn` does, but
+    exactly.
 
     In one pass each layer normalizes by its batch's own statistics, as in training:
     exact for layers that no batch norm precedes; for the others a little dependent on

@@ -1,4 +1,4 @@
-"""The batch norms of an NNX model, ours and Flax's, and how to put ours in its place."""
+"""The batch norms of an NNX model, ours and Flax's, and others in Flax's place."""
 
 import warnings
 from collections.abc import Callable
@@ -57,19 +57,23 @@ def replaced(model: Any, make: Callable[[Any], nnx.Module]) -> tuple[Any, list[P
     def is_whole(value: Any) -> bool:
         return isinstance(value, nnx.Pytree | nnx.Variable)
 
-    for _, node in list(nnx.iter_graph(model)):
-        for name, value in (
-            [*vars(node).items()] if isinstance(node, nnx.Pytree) else ()
-        ):
+    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
+    for node in nodes:
+        for name, value in list(vars(node).items()):
             leaves = jax.tree.leaves(value, is_leaf=is_whole)
             if any(id(leaf) in made for leaf in leaves):
                 setattr(node, name, jax.tree.map(put, value, is_leaf=is_whole))
     return put(model), list(norms)
 
 
+def defaults_of(cls: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a class that have defaults, and these."""
+    return cls.__init__.__kwdefaults__
+
+
 def as_ours(norm: nnx.BatchNorm, cls: type[Any], **changes: Any) -> Any:
     """Return a batch norm of ours, `cls`, with the variables and settings of Flax's."""
-    ours, flaxs = cls.__init__.__kwdefaults__, nnx.BatchNorm.__init__.__kwdefaults__
+    ours, flaxs = defaults_of(cls), defaults_of(nnx.BatchNorm)
     settings = {name: ours[name] for name in ours.keys() - flaxs.keys()}
     if norm.promote_dtype is promote_dtype:  # the default
         settings["promote_dtype"] = keep_dtypes

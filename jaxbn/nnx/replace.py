@@ -8,7 +8,7 @@ from flax import nnx
 from jaxbn import _checks
 from jaxbn._models.measure import Path
 from jaxbn.nnx.batch_norm import BatchNorm
-from jaxbn.nnx.models import as_ours, check_module, replaced
+from jaxbn.nnx.models import as_ours, check_module, defaults_of, replaced
 
 # What makes a variable, which stays as it is.
 _MAKES_VARIABLES = {"param_dtype", "use_bias", "use_scale", "bias_init", "scale_init"}
@@ -24,9 +24,9 @@ def replace_batch_norm(
     """Put a `BatchNorm` in the place of every `flax.nnx.BatchNorm` of a model.
 
     For a model whose code is not yours. The new batch norms have the variables, the
-    same objects, and the settings of the old, so that checkpoints and the state of an optimizer stay
-    valid. They are found wherever they hang: in attributes, lists and dicts, shared, in
-    stacks of layers (nnx.vmap, nnx.scan).
+    same objects, and the settings of the old, so that checkpoints and the state of an
+    optimizer stay valid. They are found wherever they hang: in attributes, lists and
+    dicts, shared, in stacks of layers (nnx.vmap, nnx.scan).
 
     `recalibrate`, `inspect_statistics` and `weight_decay_mask` need no replacement.
 
@@ -66,7 +66,7 @@ def replace_batch_norm(
         <class 'jaxbn.nnx.BatchNorm'>
     """
     check_module(model)
-    settings = BatchNorm.__init__.__kwdefaults__.keys() - _MAKES_VARIABLES
+    settings = defaults_of(BatchNorm).keys() - _MAKES_VARIABLES
     words = "arguments of jaxbn.nnx.BatchNorm that make no variable"
     _checks.check_changes(changes, settings, words)
     if make is not None and changes:
