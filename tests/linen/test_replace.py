@@ -174,9 +174,8 @@ def test_swapped_and_edited_models_agree_to_the_bit(net):
 def test_old_traces_are_not_used(net, changes, function):
     """Of jitted functions and of nn.jit: called outside, inside, outside, inside."""
     model, x = NETS[net](nn.BatchNorm), draw(1)
-    edited = NETS[net](
-        functools.partial(BatchNorm, **changes) if changes else BatchNorm
-    )
+    norm = functools.partial(BatchNorm, **changes) if changes else BatchNorm
+    edited = NETS[net](norm)
     variables = init(model)
     outside = function(model, variables, x)
     for _ in range(2):
@@ -227,7 +226,7 @@ def test_statistics_over_devices():
 
     def step(model):
         function = functools.partial(forward, model, variables)
-        return jax.vmap(function, axis_name="devices")(x)
+        return jax.jit(jax.vmap(function, axis_name="devices"))(x)
 
     groups = {"axis_name": "devices", "axis_index_groups": [[0, 1], [2, 3]]}
     desired = step(BatchNorm(use_running_average=False, **groups))
