@@ -170,7 +170,7 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
 # The changes to Flax's batch norms in what is traced now, pairs of name and value; None
 # where nothing is replaced. A part of jit's key, and made once: JAX traces all anew for
 # each new context.
-CHANGES = jax.make_user_context(None)
+CHANGES: Any = jax.make_user_context(None)
 
 _FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 _FLAX_FIELDS = nn.BatchNorm.__dataclass_fields__.keys() - {"parent", "name"}

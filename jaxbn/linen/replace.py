@@ -83,8 +83,8 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
         yield
     if called and not found:
         raise ValueError(
-            "`replace_batch_norm` must be around calls of a flax.linen.BatchNorm; got a "
-            "model without (if a jitted function hides them, enter it in there)"
+            "`replace_batch_norm` must be around calls of a flax.linen.BatchNorm; got "
+            "a model without (if a jitted function hides them, enter it in there)"
         )
 
 

@@ -227,9 +227,8 @@ class BatchNorm(BatchNormBase, nnx.Module):
         )
         if update_statistics is None:
             update_statistics = self._update_statistics
-        updating = not use_running_average and _checks.check_static_bool(
-            "update_statistics", update_statistics
-        )
+        updating = not use_running_average
+        updating &= _checks.check_static_bool("update_statistics", update_statistics)
         arrays = _checks.as_x(x), _value(self.scale), _value(self.bias)
         promoted, *params = self.promote_dtype(arrays, dtype=self.dtype)
         x, mask, features, dtype = as_input(
