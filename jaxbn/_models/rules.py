@@ -1,5 +1,6 @@
 """The base of both Flax modules `BatchNorm`: Flax's conventions on dtypes and masks."""
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,13 @@ class BatchRenormBase(BatchNormBase):
 
     def _options(self, dtype: DTypeLike) -> dict[str, Any]:
         return super()._options(dtype) | {"limits": (self.r_max, self.d_max)}
+
+
+def warn_of_own_call(norm: object, flax_s: str) -> None:
+    """Warn that a batch norm of Flax's is not replaced by ours."""
+    name = type(norm).__name__
+    message = f"{name} stays as it is: it is a {flax_s} with a __call__ of its own"
+    warnings.warn(message, stacklevel=3)
 
 
 def check_limit_fields(r_max: Limit, d_max: Limit) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from jaxbn._models.rules import (
     BatchRenormBase,
     as_input,
     check_limit_fields,
+    warn_of_own_call,
 )
 from jaxbn.linen.recording import RECORDED, active
 
@@ -118,7 +118,8 @@ class BatchNorm(BatchNormBase, nn.Module):
         """Normalize x, and in training update the running statistics.
 
         While the module is initializing, the running statistics stay as they are,
-        `axis_name` need not be bound, and a batch of one is fine.
+        `axis_name` need not be bound, and a batch of one is fine. To leave them as they
+        are in training, drop the `batch_stats` that `apply` returns.
 
         Args:
             x: Of any rank >= 1; integers are promoted to float32.
@@ -192,11 +193,7 @@ def compute_as_ours(
     if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
         last: Any = context.orig_method
         if inspect.unwrap(type(module).__call__) is not _FLAX_CALL:
-            warnings.warn(
-                f"{type(module).__name__} stays as it is: it is a flax.linen.BatchNorm "
-                "with a __call__ of its own",
-                stacklevel=2,
-            )
+            warn_of_own_call(module, "flax.linen.BatchNorm")
         elif last.func is _FLAX_CALL:
             fields = {name: getattr(module, name) for name in _FLAX_FIELDS}
             norm = BatchNorm(**fields | dict(CHANGES.value or ()), parent=None)

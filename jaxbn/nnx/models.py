@@ -1,6 +1,5 @@
 """The batch norms of an NNX model, ours and Flax's, and others in Flax's place."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxbn import _checks
 from jaxbn._models.measure import Path
-from jaxbn._models.rules import BatchNormBase, keep_dtypes
+from jaxbn._models.rules import BatchNormBase, keep_dtypes, warn_of_own_call
 
 
 def check_module(model: object) -> None:
@@ -33,11 +32,7 @@ def batch_norms(model: nnx.Module) -> dict[Path, Any]:
             if type(norm).__call__ is nnx.BatchNorm.__call__:
                 found[path] = norm
             else:
-                warnings.warn(
-                    f"{type(norm).__name__} stays as it is: it is a flax.nnx.BatchNorm "
-                    "with a __call__ of its own",
-                    stacklevel=2,
-                )
+                warn_of_own_call(norm, "flax.nnx.BatchNorm")
     return found
 
 
