@@ -1,7 +1,7 @@
 """Every check on an argument: what was needed, what came, and on which argument."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, get_args
 
 import jax
@@ -42,6 +42,13 @@ def check_mapping(name: str, value: object) -> None:
             raise TypeError(
                 f"`{name}` must be a mapping with strings for keys; got {key!r}"
             )
+
+
+def check_changes(changes: Mapping[str, Any], known: Set[str], words: str) -> None:
+    """Refuse changes to what is not `known`; `words` name that."""
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise TypeError(f"`changes` must be {words}; got {', '.join(unknown)}")
 
 
 def check_iterable(name: str, value: object, of: str) -> None:

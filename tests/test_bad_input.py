@@ -61,6 +61,15 @@ class Nnx(nnx.Module):
         return self.norm(x)
 
 
+def flax_s():
+    return nnx.Sequential(nnx.BatchNorm(5, rngs=nnx.Rngs(0)))
+
+
+def replaced_linen(model, changes):
+    with jaxbn.linen.replace_batch_norm(*model, **changes):
+        pass
+
+
 # A good call of everything that is public, with fresh arguments.
 
 
@@ -148,7 +157,8 @@ def nnx_call(cls):
     """A call of the NNX module; its arguments, and those of the constructor."""
 
     def call(x, mask=None, call_use_running_average=None, **fields):
-        return cls(**fields)(x, call_use_running_average, mask=mask)
+        quiet = {"update_statistics": fields.pop("update_statistics", None)}
+        return cls(**fields)(x, call_use_running_average, mask=mask, **quiet)
 
     return call
 
@@ -240,6 +250,10 @@ CALLS = {
         lambda model, x: jaxbn.linen.weight_decay_mask(model, x),
         lambda: {"model": Linen(), "x": x()},
     ),
+    "linen.replace_batch_norm": (
+        replaced_linen,
+        lambda: {"model": (), "changes": {"momentum": 0.5}},
+    ),
     "nnx.BatchNorm": (
         nnx_call(jaxbn.nnx.BatchNorm),
         lambda: {"x": x(), "num_features": 5, "rngs": nnx.Rngs(0)},
@@ -259,6 +273,12 @@ CALLS = {
     "nnx.weight_decay_mask": (
         jaxbn.nnx.weight_decay_mask,
         lambda: {"model": Nnx()},
+    ),
+    "nnx.replace_batch_norm": (
+        lambda model, make, changes: jaxbn.nnx.replace_batch_norm(
+            model, make=make, **changes
+        ),
+        lambda: {"model": flax_s(), "make": None, "changes": {}},
     ),
 }
 
@@ -783,6 +803,7 @@ ROWS = {
         ([], ValueError, "`batches` must hold at least one batch; got none"),
     ],
     "sequential": static_bool("sequential"),
+    "update_statistics": static_bool("update_statistics")[1:],  # None is the default
     "linen.weight_decay_mask.model": [
         (bad, TypeError, "`model` must be a flax.linen.Module; got")
         for bad in (None, WORD, Linen)
@@ -795,6 +816,28 @@ ROWS = {
         ]
         for function in ("recalibrate", "inspect_statistics", "weight_decay_mask")
     },
+    "nnx.replace_batch_norm.model": [
+        (None, TypeError, "`model` must be a flax.nnx.Module; got NoneType"),
+        (Linen(), TypeError, "`model` must be a flax.nnx.Module; got Linen .*linen"),
+        (Nnx(), ValueError, "`model` must hold a flax.nnx.BatchNorm .*; got none"),
+        (flax_s().layers[0], ValueError, "`model` must hold .*; got one itself"),
+    ],
+    "nnx.replace_batch_norm.make": [
+        (lambda norm: None, TypeError, "`make` must be a function that .*; got None"),
+    ],
+    "nnx.replace_batch_norm.changes": [
+        ({"momentun": 1}, TypeError, "`changes` must be arguments .*; got momentun"),
+        ({"use_bias": True}, TypeError, "that make no variable; got use_bias"),
+    ],
+    "linen.replace_batch_norm.model": [
+        ((Linen(),), TypeError, "must get no model: .*; got Linen"),
+        ((Nnx(),), TypeError, r"must get no model: .*; got Nnx \(.*jaxbn.nnx\)"),
+    ],
+    "linen.replace_batch_norm.changes": [
+        ({"momentun": 1}, TypeError, "`changes` must be fields .*; got momentun"),
+        ({"name": "a"}, TypeError, "`changes` must be fields .*; got name"),
+        ({"momentum": f32(1)}, TypeError, "`momentum` must be hashable, .*; got ndarr"),
+    ],
     "nnx.inspect_statistics.batches": [
         *((bad, TypeError, BATCHES) for bad in (1, object(), WORD, {"x": x()})),
         ([], ValueError, "`batches` must hold at least one batch; got none"),

@@ -123,7 +123,7 @@ class Measurement:
         for batch in _with_progress_bar(batches) if progress else batches:
             layers = self._pass(self._traced, variables, batch)
             if not layers:
-                raise ValueError("`model` must call a BatchNorm of jaxbn; got none")
+                raise ValueError("`model` must call a BatchNorm; got none")
             self.depths = {layer.path: layer.depth for layer in layers}
             new = {layer.path: layer.moments for layer in layers}
             if total:

@@ -1,6 +1,6 @@
 """The base of both Flax modules `BatchNorm`: Flax's conventions on dtypes and masks."""
 
-import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _axes, _checks
 from jaxbn._axes import Axis, Features
 from jaxbn._checks import Derivative, RunningVariance
-from jaxbn._core.batch_norm import Options
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.renorm import Limit
 from jaxbn._core.running import Averaging, Momentum
@@ -41,17 +40,20 @@ class BatchNormBase:
         """Whether the module has the variable `num_updates`."""
         return self._averaging().counts
 
-    def _options(self, dtype: DTypeLike) -> Options:
-        """Return the options of the functional API, for a y of `dtype`."""
-        return Options(
-            self.epsilon,
-            self._averaging(),
-            self.axis_name,
-            self.axis_index_groups,
-            self.derivative,
-            self.ghost_batch_size,
-            dtype=dtype,
-        )
+    def _options(self, dtype: DTypeLike) -> dict[str, Any]:
+        """Return the arguments of the functional API's `Options`, for a y of `dtype`.
+
+        Not the `Options`: that would put this file above `_core.batch_norm`.
+        """
+        return {
+            "epsilon": self.epsilon,
+            "averaging": self._averaging(),
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+            "derivative": self.derivative,
+            "ghost_batch_size": self.ghost_batch_size,
+            "dtype": dtype,
+        }
 
 
 class BatchRenormBase(BatchNormBase):
@@ -64,9 +66,15 @@ class BatchRenormBase(BatchNormBase):
     def _keeps_count(self) -> bool:
         return True
 
-    def _options(self, dtype: DTypeLike) -> Options:
-        options = super()._options(dtype)
-        return dataclasses.replace(options, limits=(self.r_max, self.d_max))
+    def _options(self, dtype: DTypeLike) -> dict[str, Any]:
+        return super()._options(dtype) | {"limits": (self.r_max, self.d_max)}
+
+
+def warn_of_own_call(norm: object, flax_s: str) -> None:
+    """Warn that a batch norm of Flax's is not replaced by ours."""
+    name = type(norm).__name__
+    message = f"{name} stays as it is: it is a {flax_s} with a __call__ of its own"
+    warnings.warn(message, stacklevel=3)
 
 
 def check_limit_fields(r_max: Limit, d_max: Limit) -> None:

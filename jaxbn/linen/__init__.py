@@ -2,6 +2,7 @@
 
 from jaxbn._models.inspection import LayerStatistics
 from jaxbn.linen.batch_norm import BatchNorm, BatchRenorm
+from jaxbn.linen.replace import replace_batch_norm
 from jaxbn.linen.tools import inspect_statistics, recalibrate, weight_decay_mask
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "LayerStatistics",
     "inspect_statistics",
     "recalibrate",
+    "replace_batch_norm",
     "weight_decay_mask",
 ]
 

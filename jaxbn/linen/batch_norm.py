@@ -1,5 +1,8 @@
 """Batch norm as Flax Linen modules; the arithmetic is that of `jaxbn.batch_norm`."""
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _checks
 from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
-from jaxbn._core.batch_norm import normalize_and_update
+from jaxbn._core.batch_norm import Options, normalize_and_update
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.moments import Moments, merge_moments
 from jaxbn._core.normalize import Params
@@ -24,6 +27,7 @@ from jaxbn._models.rules import (
     BatchRenormBase,
     as_input,
     check_limit_fields,
+    warn_of_own_call,
 )
 from jaxbn.linen.recording import RECORDED, active
 
@@ -114,7 +118,8 @@ class BatchNorm(BatchNormBase, nn.Module):
         """Normalize x, and in training update the running statistics.
 
         While the module is initializing, the running statistics stay as they are,
-        `axis_name` need not be bound, and a batch of one is fine.
+        `axis_name` need not be bound, and a batch of one is fine. To leave them as they
+        are in training, drop the `batch_stats` that `apply` returns.
 
         Args:
             x: Of any rank >= 1; integers are promoted to float32.
@@ -129,51 +134,7 @@ class BatchNorm(BatchNormBase, nn.Module):
                 `jaxbn.batch_norm`.
             TypeError: `use_running_average` is traced, or as for `jaxbn.batch_norm`.
         """
-        use_running_average = _checks.check_static_bool(
-            "use_running_average",
-            nn.merge_param(
-                "use_running_average", self.use_running_average, use_running_average
-            ),
-        )
-        recording = active()
-        if recording is not None:
-            use_running_average = recording.use_running_average
-        initializing = self.is_initializing()
-        updating = not (use_running_average or initializing or recording)
-        x, mask, features, dtype = as_input(
-            self,
-            _checks.as_x(x),
-            mask,
-            [self.param_dtype] * (self.use_scale or self.use_bias),
-        )
-        shape = tuple(x.shape[i] for i in features)
-        state, variables = _running_statistics(
-            self, shape, jnp.iscomplexobj(x), with_count=updating or initializing
-        )
-        params = Params(
-            self.param("scale", self.scale_init, shape, self.param_dtype)
-            if self.use_scale
-            else None,
-            self.param("bias", self.bias_init, shape, self.param_dtype)
-            if self.use_bias
-            else None,
-        )
-        y, batch, state = normalize_and_update(
-            x,
-            params,
-            state,
-            mask,
-            features,
-            self._options(dtype),
-            train=not use_running_average,
-            updating=updating,
-        )
-        if recording is not None:
-            _record(self, recording.note(self.path, x, features, mask, batch))
-        if updating:
-            for name, variable in variables.items():
-                variable.value = getattr(state, name)
-        return y
+        return _normalized(self, self, x, use_running_average, mask=mask)
 
 
 class BatchRenorm(BatchRenormBase, BatchNorm):
@@ -207,18 +168,120 @@ class BatchRenorm(BatchRenormBase, BatchNorm):
         super().__post_init__()
 
 
+# The changes to Flax's batch norms in what is traced now, pairs of name and value; None
+# where nothing is replaced. A part of jit's key, and made once: JAX traces all anew for
+# each new context.
+CHANGES: Any = jax.make_user_context(None)
+
+_FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
+_FLAX_FIELDS = nn.BatchNorm.__dataclass_fields__.keys() - {"parent", "name"}
+
+
+def compute_as_ours(
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Let a `flax.linen.BatchNorm` compute as ours: for `nn.intercept_methods`.
+
+    Only the function at the end of the chain of interceptors is replaced, so that all
+    of them, nn.tabulate and capture_intermediates see one call, that of Flax's module.
+    Flax's transforms of its class (nn.jit) call that function inside.
+    """
+    module: Any = context.module
+    if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
+        last: Any = context.orig_method
+        if inspect.unwrap(type(module).__call__) is not _FLAX_CALL:
+            warn_of_own_call(module, "flax.linen.BatchNorm")
+        elif last.func is _FLAX_CALL:
+            fields = {name: getattr(module, name) for name in _FLAX_FIELDS}
+            norm = BatchNorm(**fields | dict(CHANGES.value or ()), parent=None)
+            ours = functools.partial(_normalized, module, norm)
+            last.__setstate__((ours, (), {}, None))
+    return method(*args, **kwargs)
+
+
 # Not methods: Flax would record each call of them, as of a layer.
+def _normalized(
+    module: nn.Module,
+    norm: BatchNorm,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """Do what `norm` is set to do, with the variables of `module`."""
+    use_running_average = _checks.check_static_bool(
+        "use_running_average",
+        nn.merge_param(
+            "use_running_average", norm.use_running_average, use_running_average
+        ),
+    )
+    recording = active()
+    if recording is not None:
+        use_running_average = recording.use_running_average
+    initializing = module.is_initializing()
+    updating = not (use_running_average or initializing or recording)
+    x, mask, features, dtype = as_input(
+        norm,
+        _checks.as_x(x),
+        mask,
+        [norm.param_dtype] * (norm.use_scale or norm.use_bias),
+    )
+    shape = tuple(x.shape[i] for i in features)
+    state, variables = _running_statistics(
+        module, norm, shape, jnp.iscomplexobj(x), with_count=updating or initializing
+    )
+    params = Params(
+        module.param("scale", norm.scale_init, shape, norm.param_dtype)
+        if norm.use_scale
+        else None,
+        module.param("bias", norm.bias_init, shape, norm.param_dtype)
+        if norm.use_bias
+        else None,
+    )
+    y, batch, state = normalize_and_update(
+        x,
+        params,
+        state,
+        mask,
+        features,
+        Options(**norm._options(dtype)),
+        train=not use_running_average,
+        updating=updating,
+    )
+    if recording is not None:
+        _record(module, recording.note(module.path, x, features, mask, batch))
+    if updating:
+        for name, variable in variables.items():
+            variable.value = getattr(state, name)
+    return y
+
+
 def _running_statistics(
-    module: BatchNorm, shape: tuple[int, ...], is_complex: bool, *, with_count: bool
+    module: nn.Module,
+    norm: BatchNorm,
+    shape: tuple[int, ...],
+    is_complex: bool,
+    *,
+    with_count: bool,
 ) -> tuple[State, dict[str, Any]]:
     """Return the state and the variables that hold it; the count only if needed."""
-    dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
+    dtype = jnp.float32 if norm.force_float32_reductions else norm.param_dtype
     if is_complex:
         dtype = jnp.complex64
     initial = new_state(shape, dtype)
     names = ["mean", "var"]
-    if with_count and module._keeps_count():
+    if with_count and norm._keeps_count():
         names.append("num_updates")
+        has_count = module.has_variable("batch_stats", "num_updates")
+        if module is not norm and not (has_count or module.is_initializing()):
+            raise ValueError(
+                "`batch_stats` must hold `num_updates` for `momentum=None` and `debias`"
+                f"; got none at {'/'.join(module.path) or 'the top'} (take it from "
+                "`model.init` under the same `replace_batch_norm`)"
+            )
     variables = {
         name: module.variable("batch_stats", name, getattr, initial, name)
         for name in names
@@ -227,7 +290,7 @@ def _running_statistics(
     return initial._replace(**values), variables
 
 
-def _record(module: BatchNorm, batch: Moments) -> None:
+def _record(module: nn.Module, batch: Moments) -> None:
     """Add the moments to those that this layer has recorded in this call so far."""
     initial = empty_moments(batch.mean)
     variables = [

@@ -22,6 +22,7 @@ from jaxbn._models.measure import (
     statistics,
 )
 from jaxbn._models.rules import BatchNormBase
+from jaxbn.linen.batch_norm import compute_as_ours
 from jaxbn.linen.recording import RECORDED, activate
 
 Variables = Mapping[str, Any]
@@ -41,10 +42,11 @@ def recalibrate(
     """Return variables whose running statistics are those of given data.
 
     After training, the running statistics describe a moving target; after averaging
-    parameters (SWA, EMA), nothing at all. Here every `BatchNorm` gets the exact mean
-    and biased variance of what it is given over all `batches`: each batch's moments,
-    merged with weights equal to their counts, so that batches of unequal size and
-    masks are right. What `torch.optim.swa_utils.update_bn` does, but exactly.
+    parameters (SWA, EMA), nothing at all. Here every batch norm, ours or Flax's, gets
+    the exact mean and biased variance of what it is given over all `batches`: each
+    batch's moments, merged with weights equal to their counts, so that batches of
+    unequal size and masks are right. What `torch.optim.swa_utils.update_bn` does, but
+    exactly.
 
     In one pass each layer normalizes by its batch's own statistics, as in training:
     exact for layers that no batch norm precedes; for the others a little dependent on
@@ -76,8 +78,8 @@ def recalibrate(
         was. A feature for which nothing was counted, or not finite, keeps its old ones.
 
     Raises:
-        ValueError: There are no batches, or no batch norms of jaxbn in the model, or,
-            without `sequential`, a batch has one element per feature.
+        ValueError: There are no batches, or no batch norms in the model, or, without
+            `sequential`, a batch has one element per feature.
         TypeError: `sequential` with `batches` that can be iterated only once.
 
     Examples:
@@ -125,7 +127,7 @@ def inspect_statistics(
     Args:
         variables: Those of the model, or of a checkpoint: `batch_stats` and `params`.
             Without data, layers of `flax.linen.BatchNorm` are as good as ours.
-        model: A Linen module whose batch norms are those of jaxbn.
+        model: A Linen module.
         batches: As for `recalibrate`; goes with `model`.
         epsilon: That of the layers, added to the variances.
         **apply_kwargs: Further arguments of `model.apply`, such as `train=True`.
@@ -245,7 +247,7 @@ class _LinenModel:
         kwargs: Kwargs,
     ) -> dict[Path, Moments]:
         """Call the model, and return what was recorded, by path."""
-        with activate(recording):
+        with activate(recording), nn.intercept_methods(compute_as_ours):
             _, updates = definition.apply(
                 variables, *args, mutable=all_but("params"), **kwargs
             )

@@ -2,6 +2,7 @@
 
 from jaxbn._models.inspection import LayerStatistics
 from jaxbn.nnx.batch_norm import BatchNorm, BatchRenorm
+from jaxbn.nnx.replace import replace_batch_norm
 from jaxbn.nnx.tools import inspect_statistics, recalibrate, weight_decay_mask
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "LayerStatistics",
     "inspect_statistics",
     "recalibrate",
+    "replace_batch_norm",
     "weight_decay_mask",
 ]
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _checks
 from jaxbn._axes import Axis
 from jaxbn._checks import Derivative, RunningVariance
-from jaxbn._core.batch_norm import normalize_and_update
+from jaxbn._core.batch_norm import Options, normalize_and_update
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._core.normalize import Params
 from jaxbn._core.platforms import traced_only
@@ -32,7 +32,6 @@ from jaxbn._models.rules import (
 from jaxbn.nnx.recording import Recorded
 
 Metadata = Mapping[str, Any]
-
 NO_METADATA: Metadata = MappingProxyType({})
 
 CLOSED_OVER = (
@@ -89,6 +88,8 @@ class BatchNorm(BatchNormBase, nnx.Module):
 
     # Only in the copy of a model that `recalibrate` calls.
     recorded: Recorded | None = None
+    # Not public: `train(update_statistics=...)` would set it for good.
+    _update_statistics: bool = True
 
     def __init__(
         self,
@@ -130,10 +131,8 @@ class BatchNorm(BatchNormBase, nnx.Module):
             epsilon: Added to the variance; in the squared unit of x.
             dtype: Of y; None is that of x, scale and bias together.
             param_dtype: Of scale and bias.
-            use_bias: Whether there is a bias.
-            use_scale: Whether there is a scale.
-            bias_init: Initializer of the bias.
-            scale_init: Initializer of the scale.
+            use_bias, use_scale: Whether there is a bias, a scale.
+            bias_init, scale_init: Initializers of the two.
             axis_name: Named axes whose devices share one batch.
             axis_index_groups: Groups of indices on `axis_name`, each a batch of its
                 own.
@@ -142,8 +141,7 @@ class BatchNorm(BatchNormBase, nnx.Module):
                 their place. By default they stay, since the arithmetic is in float32
                 at least; `flax.nnx.nn.dtypes.promote_dtype` rounds them to `dtype`.
             rngs: Its `params` are drawn for scale, then bias, where used.
-            bias_metadata: Of the bias, such as its sharding.
-            scale_metadata: Of the scale.
+            bias_metadata, scale_metadata: Of the two, such as their sharding.
             running_variance: "biased", or "unbiased" with n - 1 (PyTorch).
             debias: The first updates average, until `momentum` keeps less, so that the
                 statistics are never drawn towards their initial values.
@@ -198,6 +196,7 @@ class BatchNorm(BatchNormBase, nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        update_statistics: bool | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics.
 
@@ -205,6 +204,8 @@ class BatchNorm(BatchNormBase, nnx.Module):
             x: Of any rank >= 1; integers are promoted to float32.
             use_running_average: Wins over the constructor's.
             mask: True where an element counts; broadcasts to x as in NumPy.
+            update_statistics: False leaves the running statistics as they are. None is
+                what `nnx.view` has set, True by default.
 
         Returns:
             y, with the shape of x; 0 where the mask is False.
@@ -224,6 +225,10 @@ class BatchNorm(BatchNormBase, nnx.Module):
         use_running_average = _checks.check_static_bool(
             "use_running_average", use_running_average
         )
+        if update_statistics is None:
+            update_statistics = self._update_statistics
+        updating = not use_running_average
+        updating &= _checks.check_static_bool("update_statistics", update_statistics)
         arrays = _checks.as_x(x), _value(self.scale), _value(self.bias)
         promoted, *params = self.promote_dtype(arrays, dtype=self.dtype)
         x, mask, features, dtype = as_input(
@@ -241,7 +246,7 @@ class BatchNorm(BatchNormBase, nnx.Module):
             old,
             mask,
             features,
-            self._options(dtype),
+            Options(**self._options(dtype)),
             train=not use_running_average,
             updating=recorded is None,
             warn_of_one_element=True,
@@ -250,7 +255,7 @@ class BatchNorm(BatchNormBase, nnx.Module):
             recorded.add(
                 recorded.recording.note(recorded.path, x, features, mask, batch)
             )
-        if use_running_average or recorded is not None:
+        if not updating or recorded is not None:
             return y
         try:
             self.mean.set_value(state.mean)
@@ -261,16 +266,23 @@ class BatchNorm(BatchNormBase, nnx.Module):
             return traced_only(y, TraceContextError(CLOSED_OVER))
         return y
 
-    # Flax shows this docstring to users, and reads only arguments indented by two.
-    def set_view(self, use_running_average: bool | None = None) -> None:
+    # Flax shows this docstring, and reads only arguments indented by two.
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        update_statistics: bool | None = None,
+    ) -> None:
         """Set what `nnx.view` may change.
 
         Args:
           use_running_average: Whether to normalize by the running statistics
             (inference) or by the batch (training); None leaves it as it is.
+          update_statistics: Whether training updates the running statistics.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if update_statistics is not None:
+            self._update_statistics = update_statistics
 
 
 class BatchRenorm(BatchRenormBase, BatchNorm):

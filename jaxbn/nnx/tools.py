@@ -5,7 +5,6 @@ from typing import Any
 
 from flax import nnx
 
-from jaxbn import _checks
 from jaxbn._core.moments import Moments
 from jaxbn._models.inspection import Layer, LayerStatistics, inspected
 from jaxbn._models.measure import (
@@ -17,6 +16,8 @@ from jaxbn._models.measure import (
     statistics,
 )
 from jaxbn._models.rules import BatchNormBase
+from jaxbn.nnx.batch_norm import BatchNorm
+from jaxbn.nnx.models import as_ours, batch_norms, check_module, replaced
 from jaxbn.nnx.recording import Recorded
 
 
@@ -30,10 +31,10 @@ def recalibrate(
 ) -> None:
     """Replace the running statistics of an NNX model by those of given data.
 
-    As `jaxbn.linen.recalibrate`, in place: every `BatchNorm` gets the exact mean and
-    biased variance of what it is given over all `batches`. Nothing else of the model
-    changes, not even its random streams, and nothing at all if there is an error. A
-    change of the model's modes or hyperparameters compiles a new program.
+    As `jaxbn.linen.recalibrate`, in place: every batch norm, ours or Flax's, gets the
+    exact mean and biased variance of what it is given over all `batches`. Nothing else
+    of the model changes, not even its random streams, and nothing at all if there is an
+    error. A change of the model's modes or hyperparameters compiles a new program.
 
     Args:
         model: An NNX module; its other layers run as it was set, by `eval()` or
@@ -48,8 +49,8 @@ def recalibrate(
             running statistics.
 
     Raises:
-        ValueError: There are no batches, or the model calls no batch norm of jaxbn, or,
-            without `sequential`, a batch has one element per feature.
+        ValueError: There are no batches, or the model calls no batch norm, or, without
+            `sequential`, a batch has one element per feature.
         TypeError: `sequential` with `batches` that can be iterated only once.
 
     Examples:
@@ -86,7 +87,7 @@ def inspect_statistics(
     as it is.
 
     Args:
-        model: An NNX module whose batch norms are those of jaxbn.
+        model: An NNX module.
         batches: As for `recalibrate`, or None.
         **call_kwargs: Further arguments of the model's call.
 
@@ -95,8 +96,8 @@ def inspect_statistics(
         divergence first, without in the order of the model's attributes.
 
     Raises:
-        ValueError: The model has no batch norm of jaxbn or calls none, there are no
-            batches, or one of them has one element per feature.
+        ValueError: The model has no batch norm or calls none, there are no batches, or
+            one of them has one element per feature.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -119,7 +120,7 @@ def inspect_statistics(
         for path, norm in batch_norms(model).items()
     }
     if not layers:
-        raise ValueError("`model` must have a BatchNorm of jaxbn; got none")
+        raise ValueError("`model` must have a BatchNorm; got none")
     return inspected(layers, adapter, adapter.variables, batches, call_kwargs)
 
 
@@ -185,6 +186,7 @@ class _NnxModel:
     ) -> dict[Path, Moments]:
         """Call a copy of the model, and return what was recorded, by path."""
         model: Any = nnx.merge(definition, variables)
+        model, _ = replaced(model, lambda norm: as_ours(norm, BatchNorm))
         norms = batch_norms(model)
         for path, norm in norms.items():
             norm.recorded = Recorded(recording, path, norm.mean[...])
@@ -201,15 +203,3 @@ class _NnxModel:
             norm.mean.set_value(mean)
             norm.var.set_value(var)
         return nnx.state(model)
-
-
-def check_module(model: object) -> None:
-    """Refuse what is not an NNX module."""
-    hint = "for Linen there is jaxbn.linen"
-    _checks.check_instance("model", model, nnx.Module, "a flax.nnx.Module", hint)
-
-
-def batch_norms(model: nnx.Module) -> dict[Path, Any]:
-    """Return the batch norms of jaxbn in a model, each by its first path."""
-    modules = nnx.iter_modules(model)
-    return {path: norm for path, norm in modules if isinstance(norm, BatchNormBase)}

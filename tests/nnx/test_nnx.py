@@ -992,7 +992,7 @@ class TestRecalibrate:
         assert net.blocks[0].norm.recorded is None
 
     def test_a_model_without_ours(self):
-        with pytest.raises(ValueError, match="`model` must call a BatchNorm of jaxbn"):
+        with pytest.raises(ValueError, match="`model` must call a BatchNorm;"):
             jaxbn.nnx.recalibrate(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), [self.x])
 
 
@@ -1027,7 +1027,7 @@ class TestInspect:
 
     def test_errors(self):
         theirs = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-        with pytest.raises(ValueError, match="`model` must have a BatchNorm of jaxbn"):
+        with pytest.raises(ValueError, match="`model` must have a BatchNorm;"):
             jaxbn.nnx.inspect_statistics(theirs)
         with pytest.raises(ValueError, match="`batches` must hold at least one"):
             jaxbn.nnx.inspect_statistics(make(4), [])

@@ -1,0 +1,382 @@
+"""Models with Flax's class under replace_batch_norm: the bits of models with ours."""
+
+import functools
+import warnings
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import assert_identical
+
+import jaxbn.linen
+from jaxbn.linen import BatchNorm, BatchRenorm, replace_batch_norm
+
+
+@pytest.fixture(autouse=True)
+def as_flax_wants():
+    """Flax's class broadcasts ranks, and promotes dtypes."""
+    promotion = jax.numpy_dtype_promotion("standard")
+    with jax.numpy_rank_promotion("allow"), promotion:
+        yield
+
+
+class Block(nn.Module):
+    """A residual block in the style of Flax's ResNet; `norm` makes a batch norm."""
+
+    features: int
+    norm: object
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.relu(self.norm()(nn.Dense(self.features, dtype=x.dtype)(x)))
+        y = self.norm(scale_init=nn.initializers.constant(0.5))(y)
+        if y.shape != x.shape:
+            x = nn.Dense(self.features, dtype=x.dtype, name="proj")(x)
+            x = self.norm(name="norm_proj")(x)
+        return nn.relu(x + y), None
+
+
+class ResNet(nn.Module):
+    """A stem, a block that may be transformed, and a head."""
+
+    norm: object
+    dtype: object = jnp.float32
+    block: object = Block
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        options = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-4}
+        norm = functools.partial(self.norm, dtype=self.dtype, **options)
+        x = nn.Conv(4, (3, 3), dtype=self.dtype)(x.astype(self.dtype))
+        x, _ = self.block(6, norm)(nn.relu(norm(name="bn_init")(x)))
+        return nn.Dense(3, dtype=self.dtype)(x.mean((1, 2)))
+
+
+OVER_LAYERS = {
+    "variable_axes": {"params": 0, "batch_stats": 0},
+    "split_rngs": {"params": True},
+}
+Deep = nn.scan(Block, length=3, **OVER_LAYERS)
+
+
+class Scanned(nn.Module):
+    norm: object
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = functools.partial(self.norm, use_running_average=not train)
+        return Deep(3, norm)(x, None)[0]
+
+
+class Vmapped(nn.Module):
+    """An ensemble, each with statistics of its own."""
+
+    norm: object
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = functools.partial(self.norm, use_running_average=not train)
+        wide = nn.vmap(Block, in_axes=None, axis_size=2, **OVER_LAYERS)
+        return wide(4, norm)(x)[0]
+
+
+class Setup(nn.Module):
+    """With submodules made in setup, and called in a method with a name."""
+
+    norm: object
+
+    def setup(self):
+        self.layers = [nn.Conv(4, (3, 3)), self.norm(axis=(1, 3), use_bias=False)]
+
+    def __call__(self, x, train=True):
+        return self.normed(x, train)
+
+    def normed(self, x, train):
+        return self.layers[1](self.layers[0](x), use_running_average=not train)
+
+
+NETS = {
+    "resnet": ResNet,
+    "bfloat16": functools.partial(ResNet, dtype=jnp.bfloat16),
+    "remat": functools.partial(ResNet, block=nn.remat(Block)),
+    "jit": functools.partial(ResNet, block=nn.jit(Block)),
+    "scan": Scanned,
+    "vmap": Vmapped,
+    "setup": Setup,
+    "jitted norm": lambda norm: ResNet(nn.jit(norm)),
+    "remat norm": lambda norm: ResNet(nn.remat(norm)),
+}
+nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+
+
+def draw(seed, shape=(4, 6, 6, 3)):
+    """A mean at which Flax's variance has lost some digits."""
+    return np.random.default_rng(seed).normal(30, 1, shape).astype(np.float32)
+
+
+def init(model):
+    return jax.jit(model.init)(jax.random.key(0), draw(0))
+
+
+def forward(model, variables, x):
+    return model.apply(variables, x, mutable=["batch_stats"])
+
+
+def train(model, variables, x):
+    """Gradients, y and the new statistics."""
+
+    def loss(params, x):
+        y, updates = forward(model, variables | {"params": params}, x)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), (y, updates)
+
+    return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+
+
+def steps(model):
+    """All that two steps give, and what inference gives then."""
+    variables, results = init(model), []
+    step = jax.jit(functools.partial(train, model))
+    for i in range(2):
+        results.append(step(variables, draw(i)))
+        variables = variables | results[-1][1][1]
+    return variables, results, model.apply(variables, draw(9), False)
+
+
+def differ(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return any((x != y).any() for x, y in pairs)
+
+
+@nets
+def test_swapped_and_edited_models_agree_to_the_bit(net):
+    desired = steps(net(BatchNorm))
+    with replace_batch_norm():
+        actual = steps(net(nn.BatchNorm))
+    assert_identical(actual, desired)
+    to_bytes = flax.serialization.to_bytes
+    assert to_bytes(actual[0]) == to_bytes(desired[0])
+
+
+@pytest.mark.parametrize(
+    ("net", "changes", "function"),
+    [
+        ("setup", {}, jax.jit(forward, static_argnums=0)),
+        ("setup", {"ghost_batch_size": 2}, jax.jit(forward, static_argnums=0)),
+        ("jit", {}, forward),
+        ("jitted norm", {}, forward),
+        ("jitted norm", {}, jax.jit(forward, static_argnums=0)),
+    ],
+)
+def test_old_traces_are_not_used(net, changes, function):
+    """Of jitted functions and of nn.jit: called outside, inside, outside, inside."""
+    model, x = NETS[net](nn.BatchNorm), draw(1)
+    norm = functools.partial(BatchNorm, **changes) if changes else BatchNorm
+    edited = NETS[net](norm)
+    variables = init(model)
+    outside = function(model, variables, x)
+    for _ in range(2):
+        with replace_batch_norm(**changes):
+            inside = function(model, variables, x)
+        assert differ(inside, outside)
+        assert_identical(inside, function(edited, variables, x))
+        assert_identical(function(model, variables, x), outside)
+
+
+def test_it_acts_inside_a_jitted_function():
+    model, x, traces = Setup(nn.BatchNorm), draw(1), []
+    variables = init(model)
+
+    @jax.jit
+    def swapped(variables, x):
+        traces.append(1)
+        with replace_batch_norm():
+            return train(model, variables, x)
+
+    desired = jax.jit(train, static_argnums=0)(Setup(BatchNorm), variables, x)
+    for _ in range(2):
+        assert_identical(swapped(variables, x), desired)
+    with replace_batch_norm():  # another key of jit
+        assert_identical(swapped(variables, x), desired)
+    assert len(traces) == 2
+
+
+# --- Changes ------------------------------------------------------------------------
+
+
+def test_changes_are_those_fields_of_the_edited_model():
+    changes = {"momentum": 0.5, "ghost_batch_size": 2, "running_variance": "unbiased"}
+    edited = Setup(functools.partial(BatchNorm, **changes))
+    with replace_batch_norm(**changes):
+        model = Setup(nn.BatchNorm)
+        assert_identical(steps(model), steps(edited))
+    with replace_batch_norm(momentum=0.5, ghost_batch_size=4):
+        with replace_batch_norm(running_variance="unbiased", ghost_batch_size=2):
+            assert_identical(steps(model), steps(edited))
+        assert differ(steps(model), steps(edited))
+
+
+def test_statistics_over_devices():
+    """A list of lists, as Flax has it, is made hashable."""
+    x, model = draw(1, (4, 2, 3)), nn.BatchNorm(use_running_average=False)
+    variables = model.init(jax.random.key(0), x[0])
+
+    def step(model):
+        function = functools.partial(forward, model, variables)
+        return jax.jit(jax.vmap(function, axis_name="devices"))(x)
+
+    groups = {"axis_name": "devices", "axis_index_groups": [[0, 1], [2, 3]]}
+    desired = step(BatchNorm(use_running_average=False, **groups))
+    with replace_batch_norm(**groups):
+        assert_identical(step(model), desired)
+    assert differ(step(model), desired)
+
+
+@pytest.mark.parametrize("changes", [{"momentum": None}, {"debias": True}], ids=str)
+def test_a_change_that_counts_updates(changes):
+    model = Scanned(nn.BatchNorm)
+    edited = Scanned(functools.partial(BatchNorm, **changes))
+    old = init(model)
+    with replace_batch_norm(**changes):
+        norms = init(model)["batch_stats"]["ScanBlock_0"]
+        assert {norm["num_updates"].shape for norm in norms.values()} == {(3,)}
+        assert_identical(steps(model), steps(edited))
+        with pytest.raises(ValueError, match=r"`num_updates` .* at .*BatchNorm_0"):
+            forward(model, old, draw(0))
+        model.apply(old, draw(0), False)  # inference counts nothing
+
+
+# --- What others see ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["outer", "inner"])
+def test_interceptors_see_each_call_once(order):
+    model, seen = Setup(nn.BatchNorm), []
+    variables, x = init(model), draw(1)
+
+    def look(method, args, kwargs, context):
+        seen.append((type(context.module), context.method_name))
+        y = method(*args, **kwargs)
+        return None if y is None else y + 1
+
+    def apply(model):
+        return forward(model, variables, x)
+
+    with nn.intercept_methods(look):
+        desired = apply(Setup(BatchNorm))
+    contexts = [nn.intercept_methods(look), replace_batch_norm()]
+    first, second = contexts if order == "outer" else reversed(contexts)
+    before = seen.copy()
+    seen.clear()
+    with first, second:
+        assert_identical(apply(model), desired)
+    assert [(nn.BatchNorm if c is BatchNorm else c, m) for c, m in before] == seen
+
+
+def test_intermediates_are_captured_once():
+    model, x = ResNet(nn.BatchNorm), draw(1)
+    variables = init(model)
+
+    def apply(model):
+        mutable = ["batch_stats", "intermediates"]
+        return model.apply(variables, x, mutable=mutable, capture_intermediates=True)
+
+    with replace_batch_norm():
+        assert_identical(apply(model), apply(ResNet(BatchNorm)))
+
+
+def test_tabulate_shows_the_same_table():
+    def table(norm):
+        options = {"console_kwargs": {"width": 300}, "compute_flops": True}
+        return nn.tabulate(Setup(norm), jax.random.key(0), **options)(draw(0))
+
+    with replace_batch_norm():
+        assert table(nn.BatchNorm) == table(BatchNorm)
+    assert table(nn.BatchNorm) != table(BatchNorm)  # in operations
+
+
+# --- Subclasses ---------------------------------------------------------------------
+
+
+class Heir(nn.BatchNorm):
+    epsilon: float = 1e-3
+    more: int = 3
+
+
+class OwnCall(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x, use_running_average=False)
+
+
+def test_a_subclass_without_a_call_computes_as_ours():
+    desired = steps(Setup(functools.partial(BatchNorm, epsilon=1e-3)))
+    with replace_batch_norm():
+        assert_identical(steps(Setup(Heir)), desired)
+
+
+@pytest.mark.parametrize("transform", [lambda cls: cls, nn.jit, nn.remat])
+def test_a_subclass_with_a_call_of_its_own_is_left_alone(transform):
+    model, x = nn.Sequential([transform(OwnCall)()]), draw(1)
+    variables = model.init(jax.random.key(0), x)
+    desired = forward(model, variables, x)
+    warned = pytest.warns(UserWarning, match="OwnCall stays as it is")
+    with replace_batch_norm(), warned:
+        assert_identical(forward(model, variables, x), desired)
+
+
+# --- The tools ----------------------------------------------------------------------
+
+
+def tools(model, variables, **options):
+    batches = [draw(1), draw(2)]
+    new = jaxbn.linen.recalibrate(model, variables, batches, **options)
+    layers = jaxbn.linen.inspect_statistics(variables, model, batches)
+    rows = [(layer.name, layer.mean_kl) for layer in layers]
+    return new, rows, jaxbn.linen.weight_decay_mask(model, draw(0))
+
+
+@pytest.mark.parametrize("net", ["scan", "jitted norm", "jit"])
+def test_tools_take_flax_s_class_as_it_is(net):
+    flax_s, edited = NETS[net](nn.BatchNorm), NETS[net](BatchNorm)
+    variables = init(flax_s)
+    new, rows, mask = tools(flax_s, variables, sequential=net == "scan")
+    desired = tools(edited, variables, sequential=net == "scan")
+    assert_identical(new, desired[0])
+    assert (rows, mask) == desired[1:]
+    assert differ(new, variables)
+
+
+def test_tools_heed_the_context_that_they_are_called_in():
+    """Epsilon tells in the statistics of the layers behind."""
+    flax_s, edited = Scanned(nn.BatchNorm), functools.partial(BatchNorm, epsilon=9.0)
+    variables = init(flax_s)
+    with replace_batch_norm(epsilon=9.0):
+        new, rows, _ = tools(flax_s, variables)
+    desired = tools(Scanned(edited), variables)
+    assert_identical(new, desired[0])
+    assert rows == desired[1] != tools(flax_s, variables)[1]
+
+
+# --- Bad input ----------------------------------------------------------------------
+
+
+def test_a_model_without_batch_norm():
+    error = pytest.raises(ValueError, match=r"linen.BatchNorm; got a model without")
+    with error, replace_batch_norm():
+        nn.Dense(3).init(jax.random.key(0), draw(0))
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, BatchRenorm])
+def test_a_model_with_ours_is_fine(norm):
+    desired = init(Setup(norm))
+    with warnings.catch_warnings(), replace_batch_norm():
+        assert_identical(init(Setup(norm)), desired)
+
+
+def test_an_error_inside_is_the_one_that_is_seen():
+    with pytest.raises(ZeroDivisionError), replace_batch_norm():
+        1 / 0  # noqa: B018
+    assert differ(steps(Setup(nn.BatchNorm)), steps(Setup(BatchNorm)))
