@@ -2,12 +2,15 @@
 
 from jaxbn._models.inspection import LayerStatistics
 from jaxbn.linen.batch_norm import BatchNorm, BatchRenorm
+from jaxbn.linen.pairs import find_pairs, folded
 from jaxbn.linen.tools import inspect_statistics, recalibrate, weight_decay_mask
 
 __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "LayerStatistics",
+    "find_pairs",
+    "folded",
     "inspect_statistics",
     "recalibrate",
     "weight_decay_mask",

@@ -2,13 +2,17 @@
 
 from jaxbn._models.inspection import LayerStatistics
 from jaxbn.nnx.batch_norm import BatchNorm, BatchRenorm
+from jaxbn.nnx.pairs import find_pairs, fold, load_torch
 from jaxbn.nnx.tools import inspect_statistics, recalibrate, weight_decay_mask
 
 __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "LayerStatistics",
+    "find_pairs",
+    "fold",
     "inspect_statistics",
+    "load_torch",
     "recalibrate",
     "weight_decay_mask",
 ]
