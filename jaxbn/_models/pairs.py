@@ -127,29 +127,32 @@ def _layer(layer: Any, ndim: int, kernel_ndim: int):
     return axes, outputs, options, refusal
 
 
-def found_pairs(
-    call: Callable[..., Any],
-    variables: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Pairs:
-    """Return the pairs of a model, whose modules call `marked`.
-
-    `call(variables, *args, **kwargs)` returns all that a folding must not change.
-    """
+def arrays_apart(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return the arrays in the arguments of a call, and what puts others there."""
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
     arrays = jax.Array | np.ndarray | jax.ShapeDtypeStruct
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, arrays)]
 
-    def run(variables: dict[str, Any], given: list[Any]) -> list[jax.Array]:
+    def put(given: list[Any]) -> Any:
         new = dict(zip(places, given, strict=True))
-        args, kwargs = structure.unflatten(
-            [new.get(i, leaf) for i, leaf in enumerate(leaves)]
-        )
-        results = jax.tree.leaves(call(variables, *args, **kwargs))
+        return structure.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in places], put
+
+
+def found_pairs(call: Callable[..., Any], variables: Any, given: list[Any]) -> Pairs:
+    """Return the pairs of a model, whose modules call `marked`.
+
+    `call(variables, given)` returns all that a folding must not change.
+    """
+
+    def run(variables: Any, given: list[Any]) -> list[jax.Array]:
+        results = jax.tree.leaves(call(variables, given))
         return [leaf for leaf in results if isinstance(leaf, jax.Array)]
 
-    jaxpr = jax.make_jaxpr(run)(variables, [leaves[i] for i in places]).jaxpr
+    jaxpr = jax.make_jaxpr(run)(variables, given).jaxpr
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     names = [tuple(k.key for k in path if isinstance(k, DictKey)) for path, _ in flat]
     program = _Program(variables)
@@ -234,42 +237,30 @@ class _Program:
     def pairs(self, shapes: Shapes) -> Pairs:
         """Return the pairs, and the reasons; `shapes` are those of the variables."""
         found = Pairs()
-        for norm in self.calls.values():
-            if norm.is_norm:
+        for norm in [call for call in self.calls.values() if call.is_norm]:
+            reasons = [norm.refusal] if norm.refusal else []
+            for fold in () if reasons else (self._after_layer, self._before_layers):
                 try:
-                    found += self._folded(norm, shapes)
+                    found += self._checked(fold(norm), shapes)
+                    break
                 except (TypeError, ValueError) as error:
-                    found.unfoldable[norm.path] = str(error)
+                    reasons.append(str(error))
+            else:
+                found.unfoldable[norm.path] = ", and ".join(reasons)
         stats = [key[1:] for key in shapes if key[0] == "batch_stats"]
         uncalled = {"/".join(path) for *path, name in stats if name == "mean"}
         for path in sorted(uncalled - self.calls.keys()):
             found.unfoldable[path] = "it is not called, or has a call of its own"
         if not (found or found.unfoldable):
             raise ValueError("`model` must have a BatchNorm; got none")
-        if (
-            all(reason == BY_BATCH for reason in found.unfoldable.values())
-            and not found
-        ):
+        if not found and set(found.unfoldable.values()) == {BY_BATCH}:
             raise ValueError(
                 "the arguments must be those of inference; got a call in which each "
                 "BatchNorm normalizes by the batch (is there a `train=False`?)"
             )
         return found
 
-    def _folded(self, norm: Call, shapes: Shapes) -> list[Pair]:
-        """Return the pairs of one batch norm; an error says why there is none."""
-        if norm.refusal:
-            raise ValueError(norm.refusal)
-        try:
-            return self._after_layer(norm, shapes)
-        except ValueError as error:
-            after = error
-        try:
-            return self._before_layers(norm, shapes)
-        except ValueError as before:
-            raise ValueError(f"{after}, and {before}") from None
-
-    def _after_layer(self, norm: Call, shapes: Shapes) -> list[Pair]:
+    def _after_layer(self, norm: Call) -> list[Pair]:
         sources = list(self.given[norm.path])
         layer = self._layer(sources[0])
         if len(sources) > 1 or layer is None:
@@ -280,9 +271,9 @@ class _Program:
             raise ValueError(f"its features are not those of {layer.path}")
         axes = tuple(layer.outputs[i] for i in norm.axes)
         options = norm.options | ({} if axes == (-1,) else {"features_axis": axes})
-        return self._checked([(layer.path, norm.path, options)], shapes)
+        return [(layer.path, norm.path, options)]
 
-    def _before_layers(self, norm: Call, shapes: Shapes) -> list[Pair]:
+    def _before_layers(self, norm: Call) -> list[Pair]:
         layers = {user: self._layer(user) for user in self.users[norm.path]}
         others = [user for user, layer in layers.items() if layer is None]
         _refuse(others, "its output goes to")
@@ -298,7 +289,7 @@ class _Program:
             options = norm.options | layer.options
             options |= {} if axes == (-2,) else {"features_axis": axes}
             pairs.append((norm.path, layer.path, options))
-        return self._checked(pairs, shapes)
+        return pairs
 
     def _layer(self, source: Any) -> Call | None:
         """Return the layer whose output or whose path `source` is."""
@@ -312,12 +303,10 @@ class _Program:
             for key in own:
                 others = [user for user in self.users[key] if user != path]
                 _refuse(others, f"{key[-1]} of {path} also goes to")
-            if self.calls[path].shape not in [shapes[key] for key in own]:
-                raise ValueError(f"{path} shares its arrays, or is a stack of layers")
-        try:
-            jax.eval_shape(lambda tree: fold_tree(tree, pairs), self.variables)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
+            name = "mean" if self.calls[path].is_norm else "kernel"
+            if self.calls[path].shape not in [shapes[k] for k in own if k[-1] == name]:
+                raise ValueError(f"{path} is a stack, or shares its {name}")
+        jax.eval_shape(lambda tree: fold_tree(tree, pairs), self.variables)
         return pairs
 
 

@@ -13,7 +13,7 @@ from flax.core.scope import DenyList
 
 from jaxbn import _checks
 from jaxbn._fold_tree import Pair
-from jaxbn._models.pairs import Pairs, found_pairs, marked
+from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import result_dtype
 from jaxbn.linen.batch_norm import BatchNorm
 from jaxbn.linen.tools import check_module
@@ -79,12 +79,18 @@ def find_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> Pairs:
     rngs = {"params": jax.random.key(0)}
     mutable = DenyList(("params", "intermediates"))
 
-    def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    given, put = arrays_apart(args, kwargs)
+
+    def init(given: Any) -> Any:
+        args, kwargs = put(given)
+        return model.init(rngs, *args, **kwargs)
+
+    def call(variables: Any, given: Any) -> Any:
+        args, kwargs = put(given)
         with nn.intercept_methods(_mark), _TRACES("marked"):
             return model.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
 
-    variables = jax.eval_shape(lambda: model.lazy_init(rngs, *args, **kwargs))
-    return found_pairs(call, variables, args, kwargs)
+    return found_pairs(call, jax.eval_shape(init, given), given)
 
 
 @contextlib.contextmanager
@@ -175,7 +181,11 @@ def _skip(
     if is_norm is None or not args or module.path not in paths:
         return method(*args, **kwargs)
     called.add(module.path)
-    if module.has_variable("batch_stats", "mean"):
+    has_mean, has_bias = (
+        module.has_variable("batch_stats", "mean"),
+        module.has_variable("params", "bias"),
+    )
+    if has_mean if is_norm else not has_bias:
         raise ValueError("variables must be those that `fold_tree` returns for `pairs`")
     if is_norm:
         x = jnp.asarray(args[0])

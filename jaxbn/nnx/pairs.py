@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks, convert
 from jaxbn._fold_tree import Pair, fold_tree
-from jaxbn._models.pairs import Pairs, found_pairs, marked
+from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import result_dtype
 from jaxbn.nnx.batch_norm import BatchNorm
 from jaxbn.nnx.tools import check_module
@@ -61,8 +61,10 @@ def find_pairs(model: nnx.Module, *args: Any, **kwargs: Any) -> Pairs:
     """
     check_module(model)
     definition, state = nnx.split(model)
+    given, put = arrays_apart(args, kwargs)
 
-    def call(variables: Tree, *args: Any, **kwargs: Any) -> Any:
+    def call(variables: Tree, given: list[Any]) -> Any:
+        args, kwargs = put(given)
         copy: Any = nnx.merge(definition, _with(state, variables))
         for path, module in _modules(copy).items():
             if type(module).__call__ in NORMS + LAYERS:
@@ -71,7 +73,7 @@ def find_pairs(model: nnx.Module, *args: Any, **kwargs: Any) -> Pairs:
         result = copy(*args, **kwargs)
         return result, _tree(nnx.state(copy, nnx.Not(nnx.Intermediate)))
 
-    return found_pairs(call, _tree(state), args, kwargs)
+    return found_pairs(call, _tree(state), given)
 
 
 def fold(model: Model, pairs: Iterable[Pair], *, epsilon: float = 1e-5) -> Model:
