@@ -212,13 +212,8 @@ class _Program:
         bodies = [getattr(v, "jaxpr", v) for v in values if hasattr(v, "eqns")]
         if name in CALLS and len(bodies) == 1:
             return self.walk(bodies[0], operands)
-        operands = operands[name == "cond" :]  # without the number of the branch
-        # In a loop, those alone that are the same in each turn.
-        passed = {"cond": len(operands), "scan": params.get("num_consts")}.get(name, 0)
-        for body in bodies:
-            for source in self.walk(body, operands[:passed]):
-                self.add(source, name)
-        for source in operands[passed:]:
+        # A loop, or branches: what goes in or comes out is not followed further.
+        for source in sum((self.walk(body, []) for body in bodies), operands):
             self.add(source, name)
         return []
 

@@ -40,7 +40,7 @@ def find_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> Pairs:
     nothing is computed.
 
     Limits:
-        * Stacked layers (`nn.scan`, `nn.vmap`) are not folded.
+        * Modules in stacks, loops and branches (`nn.vmap`, `nn.scan`, `nn.cond`) stay.
         * A use whose result is thrown away counts as a use.
 
     Args:

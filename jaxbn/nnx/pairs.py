@@ -203,12 +203,11 @@ def _put(model: nnx.Module, made: Mapping[int, nnx.Module]) -> None:
     def is_whole(value: Any) -> bool:
         return isinstance(value, nnx.Pytree | nnx.Variable)
 
-    for _, node in list(nnx.iter_graph(model)):
-        for name, value in [*vars(node).items()] if is_whole(node) else ():
-            if any(id(v) in made for v in jax.tree.leaves(value, is_leaf=is_whole)):
-                new = jax.tree.map(
-                    lambda v: made.get(id(v), v), value, is_leaf=is_whole
-                )
+    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
+    for node in nodes:
+        for name, old in list(vars(node).items()):
+            if any(id(v) in made for v in jax.tree.leaves(old, is_leaf=is_whole)):
+                new = jax.tree.map(lambda v: made.get(id(v), v), old, is_leaf=is_whole)
                 setattr(node, name, new)
 
 

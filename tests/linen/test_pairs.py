@@ -211,7 +211,6 @@ def each(*parts):
 
 
 P = functools.partial
-BLOCK_0 = ("Block_0/Dense_0", "Block_0/BatchNorm_0", EPSILON)
 JITTED = [
     (f"JitBlock_{i}/Dense_0", f"JitBlock_{i}/BatchNorm_0", EPSILON) for i in (0, 1)
 ]
@@ -348,13 +347,8 @@ CASES = {
         [("CheckpointDense_0", "CheckpointBatchNorm_0", EPSILON)],
         {},
     ),
-    "looped": (looped, ROWS, [BLOCK_0], {}),
-    "branches of cond": (
-        branched,
-        ROWS,
-        [BLOCK_0],
-        {},
-    ),
+    "looped": (looped, ROWS, [], {"Block_0/BatchNorm_0": "also goes to"}),
+    "branched": (branched, ROWS, [], {"Block_0/BatchNorm_0": "also goes to cond"}),
     "scanned": (scanned, ROWS, [], {"Block_0/BatchNorm_0": "also goes to scan"}),
     "mapped": (mapped, ROWS, [], {"VmapBlock_0/BatchNorm_0": "is a stack"}),
     "weight norm": (
