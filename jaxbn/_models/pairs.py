@@ -15,6 +15,7 @@ import numpy as np
 from jax.tree_util import DictKey
 
 from jaxbn._axes import feature_axes, is_int
+from jaxbn._checks import as_array
 from jaxbn._core.platforms import MARK, mark
 from jaxbn._fold_tree import fold_tree
 
@@ -48,25 +49,19 @@ class Pairs(list[Pair]):
 
 
 class Call(NamedTuple):
-    """A layer or a batch norm as it is called.
-
-    Attributes:
-        path: Of the module, "a/b".
-        shape: Of the layer's kernel or the norm's mean, as the module sees it.
-        is_norm: Whether it is a batch norm.
-        axes: Of x, counted from the end: a norm's features, or those over which a layer
-            sums.
-        outputs: The kernel's axis for each of the last axes of a layer's output.
-        options: The epsilon of a norm; the padding of a layer.
-        refusal: Why the norm, or one before the layer, cannot be folded.
-    """
+    """A call of a layer or of a batch norm, as a mark carries it."""
 
     path: str
+    # Of its kernel or mean, without the axes of a stack of modules.
     shape: tuple[int, ...]
     is_norm: bool
+    # Of x, from the end: a norm's features, or what a layer sums over.
     axes: tuple[int, ...]
+    # The kernel's axis for each of the last axes of a layer's output.
     outputs: Mapping[int, int]
+    # A norm's epsilon, or a layer's padding.
     options: dict[str, Any]
+    # Why the norm, or one before the layer, cannot be folded.
     refusal: str
 
 
@@ -84,7 +79,7 @@ def marked(
 
     `array` is the kernel of the layer `module`, or the mean of the batch norm.
     """
-    x, shape = jnp.asarray(x), jnp.shape(array)
+    x, shape = as_array("x", x), jnp.shape(array)
     described = (
         _norm(module, x.ndim, *args, **kwargs)
         if is_norm

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import DenyList
 
-from jaxbn import _checks
-from jaxbn._fold_tree import Pair
+from jaxbn._fold_tree import Pair, paths_in
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import result_dtype
 from jaxbn.linen.batch_norm import BatchNorm
@@ -125,10 +124,7 @@ def folded(pairs: Iterable[Pair]) -> Iterator[None]:
         >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
         True
     """
-    _checks.check_iterable("pairs", pairs, "pairs")
-    paths = frozenset(
-        _checks.check_path("pairs", p) for pair in pairs for p in pair[:2]
-    )
+    paths = frozenset(paths_in(pairs))
     called = _called(paths)
     skip = functools.partial(_skip, paths, called)
     with nn.intercept_methods(skip), _TRACES(paths):

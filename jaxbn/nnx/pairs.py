@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks, convert
-from jaxbn._fold_tree import Pair, fold_tree
+from jaxbn._fold_tree import Pair, fold_tree, paths_in
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import result_dtype
 from jaxbn.nnx.batch_norm import BatchNorm
@@ -115,7 +115,7 @@ def fold(model: Model, pairs: Iterable[Pair], *, epsilon: float = 1e-5) -> Model
     modules = _modules(model)
     arrays = flatten_dict(tree.get("params", {}))
     made: dict[int, nnx.Module] = {}
-    for path in {_checks.check_path("pairs", p) for pair in pairs for p in pair[:2]}:
+    for path in paths_in(pairs):
         module = modules[path]
         if (*path, "kernel") not in arrays:
             made[id(module)] = _identity(module)
