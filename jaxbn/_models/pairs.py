@@ -32,8 +32,6 @@ BY_BATCH = "it normalizes by the batch in this call, not as in inference"
 # anything else.
 Source = str | tuple[str, ...] | None
 Pair = tuple[str, str, dict[str, Any]]
-# Of variables, by collection, path and name.
-Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 
 
 class Pairs(list[Pair]):
@@ -148,14 +146,11 @@ def found_pairs(call: Callable[..., Any], variables: Any, given: list[Any]) -> P
         return [leaf for leaf in results if isinstance(leaf, jax.Array)]
 
     jaxpr = jax.make_jaxpr(run)(variables, given).jaxpr
-    flat, _ = jax.tree_util.tree_flatten_with_path(variables)
-    names = [tuple(k.key for k in path if isinstance(k, DictKey)) for path, _ in flat]
     program = _Program(variables)
-    for source in program.walk(jaxpr, names):
+    for source in program.walk(jaxpr, list(program.shapes)):
         if isinstance(source, str):  # variables come out as they went in
             program.add(source, "the results")
-    shapes = {name: leaf.shape for name, (_, leaf) in zip(names, flat, strict=True)}
-    return program.pairs(shapes)
+    return program.pairs()
 
 
 class _Program:
@@ -163,6 +158,7 @@ class _Program:
 
     Attributes:
         variables: Its first inputs.
+        shapes: Those of the variables, by collection, path and name.
         calls: The modules, by path.
         given: What each module is given, by path, in all its calls.
         users: Of each source, the modules, and the primitives outside of modules.
@@ -170,7 +166,12 @@ class _Program:
     """
 
     def __init__(self, variables: dict[str, Any]):
+        flat, _ = jax.tree_util.tree_flatten_with_path(variables)
         self.variables = variables
+        self.shapes: dict[tuple[str, ...], tuple[int, ...]] = {
+            tuple(key.key for key in path if isinstance(key, DictKey)): leaf.shape
+            for path, leaf in flat
+        }
         self.calls: dict[str, Call] = {}
         self.given: dict[str, set[Source]] = defaultdict(set)
         self.users: dict[Source, dict[str, None]] = defaultdict(dict)
@@ -209,7 +210,7 @@ class _Program:
             return self.walk(bodies[0], operands)
         # A loop, or branches: what goes in or comes out is not followed further.
         for source in sum((self.walk(body, []) for body in bodies), operands):
-            self.add(source, name)
+            self.add(source, f"`{name}`")  # a module may have that name
         return []
 
     def _mark(self, call: Call, is_end: bool, source: Source) -> Source:
@@ -224,20 +225,20 @@ class _Program:
         self.add(source, call.path)
         return source
 
-    def pairs(self, shapes: Shapes) -> Pairs:
-        """Return the pairs, and the reasons; `shapes` are those of the variables."""
+    def pairs(self) -> Pairs:
+        """Return the pairs in call order, and why other batch norms have none."""
         found = Pairs()
         for norm in [call for call in self.calls.values() if call.is_norm]:
             reasons = [norm.refusal] if norm.refusal else []
             for fold in () if reasons else (self._after_layer, self._before_layers):
                 try:
-                    found += self._checked(fold(norm), shapes)
+                    found += self._checked(fold(norm))
                     break
                 except (TypeError, ValueError) as error:
                     reasons.append(str(error))
             else:
                 found.unfoldable[norm.path] = ", and ".join(reasons)
-        stats = [key[1:] for key in shapes if key[0] == "batch_stats"]
+        stats = [key[1:] for key in self.shapes if key[0] == "batch_stats"]
         uncalled = {"/".join(path) for *path, name in stats if name == "mean"}
         for path in sorted(uncalled - self.calls.keys()):
             found.unfoldable[path] = "it is not called, or has a call of its own"
@@ -266,7 +267,7 @@ class _Program:
     def _before_layers(self, norm: Call) -> list[Pair]:
         layers = {user: self._layer(user) for user in self.users[norm.path]}
         others = [user for user, layer in layers.items() if layer is None]
-        _refuse(others, "its output goes to")
+        _refuse(others if layers else ["nothing"], "its output goes to")
         pairs: list[Pair] = []
         for layer in filter(None, layers.values()):
             if self.given[layer.path] != {norm.path}:
@@ -286,15 +287,17 @@ class _Program:
         call = self.calls.get(source)
         return None if call is None or call.is_norm else call
 
-    def _checked(self, pairs: list[Pair], shapes: Shapes) -> list[Pair]:
+    def _checked(self, pairs: list[Pair]) -> list[Pair]:
         """Return `pairs`, whose modules have arrays of their own, and fit."""
         for path in {path for pair in pairs for path in pair[:2]}:
-            own = [key for key in shapes if "/".join(key[1:-1]) == path]
+            own = [key for key in self.shapes if "/".join(key[1:-1]) == path]
             for key in own:
                 others = [user for user in self.users[key] if user != path]
                 _refuse(others, f"{key[-1]} of {path} also goes to")
             name = "mean" if self.calls[path].is_norm else "kernel"
-            if self.calls[path].shape not in [shapes[k] for k in own if k[-1] == name]:
+            if self.calls[path].shape not in [
+                self.shapes[k] for k in own if k[-1] == name
+            ]:
                 raise ValueError(f"{path} is a stack, or shares its {name}")
         jax.eval_shape(lambda tree: fold_tree(tree, pairs), self.variables)
         return pairs

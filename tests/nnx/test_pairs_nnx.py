@@ -146,7 +146,7 @@ CASES = {
     "skip": (
         lambda m, x: (y := m.a(x)) + m.norm(y),
         [],
-        "of a also goes to add",
+        "of a also goes to `add`",
     ),
     "before": (lambda m, x: m.a(y := m.norm(nnx.relu(x))) + m.b(y), BEFORE, None),
     "tied": (
