@@ -295,9 +295,8 @@ class _Program:
                 others = [user for user in self.users[key] if user != path]
                 _refuse(others, f"{key[-1]} of {path} also goes to")
             name = "mean" if self.calls[path].is_norm else "kernel"
-            if self.calls[path].shape not in [
-                self.shapes[k] for k in own if k[-1] == name
-            ]:
+            shapes = [self.shapes[key] for key in own if key[-1] == name]
+            if shapes != [self.calls[path].shape]:
                 raise ValueError(f"{path} is a stack, or shares its {name}")
         jax.eval_shape(lambda tree: fold_tree(tree, pairs), self.variables)
         return pairs

@@ -177,12 +177,12 @@ def _skip(
     if is_norm is None or not args or module.path not in paths:
         return method(*args, **kwargs)
     called.add(module.path)
-    has_mean, has_bias = (
-        module.has_variable("batch_stats", "mean"),
-        module.has_variable("params", "bias"),
-    )
-    if has_mean if is_norm else not has_bias:
-        raise ValueError("variables must be those that `fold_tree` returns for `pairs`")
+    # A batch norm that is not folded has a mean; a folded layer has a bias.
+    array = ("batch_stats", "mean") if is_norm else ("params", "bias")
+    if module.has_variable(*array) == is_norm:
+        raise ValueError(
+            "`variables` must be those that `fold_tree` returns for `pairs`"
+        )
     if is_norm:
         x = jnp.asarray(args[0])
         learned = [module.param_dtype] * (module.use_scale or module.use_bias)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeCollectionNotFound
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxbn
@@ -118,6 +119,11 @@ def siamese(x):
 def half_siamese(x):
     dense, norm = Dense(), Norm()
     return norm(dense(x)) - norm(x)
+
+
+def two_layers(x):
+    norm = Norm()
+    return norm(Dense()(x)) - norm(Dense()(x))
 
 
 def branches(x):
@@ -244,6 +250,12 @@ CASES = {
     "relu between": (each(Dense, nn.relu, Norm), ROWS, [], FIRST),
     "tied": (tied, ROWS, [], reason("kernel of Dense_0 also goes to `transpose`")),
     "siamese": (siamese, ROWS, [DENSE], {}),
+    "two layers": (
+        lambda x: (n := Norm())(Dense()(x)) + n(Dense()(-x)),
+        ROWS,
+        [],
+        FIRST,
+    ),
     "half siamese": (half_siamese, ROWS, [], FIRST),
     "two norms": (each(Dense, Norm, Norm), ROWS, [DENSE], {"BatchNorm_1": "its input"}),
     "before": (each(nn.relu, Norm, Dense), ROWS, [BEFORE], {}),
@@ -341,6 +353,7 @@ CASES = {
         reason("DenseGeneral_0 sums over other axes"),
     ),
     "casts": (casts, ROWS, [DENSE], {}),
+    "half": (each(P(nn.Dense, 6, dtype=jnp.float16), Norm), ROWS, [DENSE], {}),
     "renorm": (
         each(Dense, P(BatchRenorm, True)),
         ROWS,
@@ -387,7 +400,7 @@ def test_pairs_are_found_and_folding_them_changes_nothing(name):
     assert pairs.unfoldable.keys() == reasons.keys()
     for path, words in reasons.items():
         assert words in pairs.unfoldable[path]
-    check_folded(Model(function), x, pairs, 1e-3 if name == "casts" else 1e-5)
+    check_folded(Model(function), x, pairs, 1e-3 if name in ("casts", "half") else 1e-5)
 
 
 def test_the_arguments_of_the_call_are_handed_on():
@@ -466,6 +479,8 @@ def test_folded_holds_inside_and_not_outside(block):
         with folded(pairs):
             same = run(new, x)
         np.testing.assert_allclose(same, y, rtol=0, atol=1e-5 * abs(y).max())
+        with pytest.raises(ScopeCollectionNotFound):
+            run(new, x)
 
 
 def test_folded_leaves_other_modules_alone():
