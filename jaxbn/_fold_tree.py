@@ -134,15 +134,26 @@ def _at(tree: Tree, collection: str, path: Path) -> Tree:
     return here if isinstance(here, dict) else {}
 
 
-def _read(tree: Tree, pair: Sequence[Any]) -> _Pair:
-    """Return the pair after its checks, with layer and batch norm told apart."""
+def paths_in(pairs: Iterable[Pair]) -> set[Path]:
+    """Return the paths of all modules that `pairs` name."""
+    _checks.check_iterable("pairs", pairs, "pairs")
+    return {path for pair in pairs for path in _paths(pair)}
+
+
+def _paths(pair: Sequence[Any]) -> list[Path]:
+    """Return the two paths that a pair names."""
     many = isinstance(pair, Sequence) and not isinstance(pair, str)
     if not (many and len(pair) in (2, 3)):
         raise TypeError(
             "`pairs` must hold (first, second) or (first, second, options), in the "
             f"order in which the model applies them; got {pair!r}"
         )
-    paths = [_checks.check_path("pairs", module) for module in pair[:2]]
+    return [_checks.check_path("pairs", module) for module in pair[:2]]
+
+
+def _read(tree: Tree, pair: Sequence[Any]) -> _Pair:
+    """Return the pair after its checks, with layer and batch norm told apart."""
+    paths = _paths(pair)
     words = " and ".join(f"{'/'.join(path)!r}" for path in paths)
     kinds = [_kind(tree, path) for path in paths]
     if kinds[0] == kinds[1]:

@@ -70,6 +70,19 @@ def replaced_linen(model, changes):
         pass
 
 
+def nnx_layers():
+    """An NNX model with a layer and a batch norm, in inference."""
+    model = Nnx()
+    model.layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def enter(pairs):
+    with jaxbn.linen.folded(pairs):
+        pass
+
+
 # A good call of everything that is public, with fresh arguments.
 
 
@@ -254,6 +267,27 @@ CALLS = {
         replaced_linen,
         lambda: {"model": (), "changes": {"momentum": 0.5}},
     ),
+    "linen.find_pairs": (
+        lambda model, x: jaxbn.linen.find_pairs(model, x),
+        lambda: {"model": Linen(), "x": x()},
+    ),
+    "linen.folded": (enter, lambda: {"pairs": [("layer", "norm")]}),
+    "nnx.find_pairs": (
+        lambda model, x: jaxbn.nnx.find_pairs(model, x),
+        lambda: {"model": nnx_layers(), "x": x()},
+    ),
+    "nnx.fold": (
+        jaxbn.nnx.fold,
+        lambda: {"model": nnx_layers(), "pairs": [("layer", "norm")]},
+    ),
+    "nnx.load_torch": (
+        jaxbn.nnx.load_torch,
+        lambda: {
+            "model": Nnx(),
+            "state_dict": {f"bn.{name}": a for name, a in torch_norm().items()},
+            "names": {"bn": "norm"},
+        },
+    ),
     "nnx.BatchNorm": (
         nnx_call(jaxbn.nnx.BatchNorm),
         lambda: {"x": x(), "num_features": 5, "rngs": nnx.Rngs(0)},
@@ -332,6 +366,15 @@ def mapping(argument):
 
 
 PARAMS, STATE = norm().values()
+PAIRS = [
+    *(
+        (bad, TypeError, "`pairs` must be an iterable of pairs; got")
+        for bad in (None, 1, object(), "ab")
+    ),
+    *((bad, TypeError, "`pairs` must hold") for bad in ([1], [(1, 2)], [("a",)])),
+]
+NNX_TOOLS = ["recalibrate", "inspect_statistics", "weight_decay_mask"]
+NNX_TOOLS += ["find_pairs", "fold", "load_torch"]
 INTS = "must be an int or a tuple of ints; got"
 
 AXIS = [
@@ -611,12 +654,9 @@ ROWS = {
         ({}, ValueError, "`pairs` must name modules"),
         ({"params": None}, ValueError, "`pairs` must name modules"),
     ],
-    "fold_tree.pairs": [
-        *(
-            (bad, TypeError, "`pairs` must be an iterable of pairs; got")
-            for bad in (None, 1, object(), "ab")
-        ),
-        *((bad, TypeError, "`pairs` must hold") for bad in ([1], [(1, 2)], [("a",)])),
+    "linen.folded.pairs": PAIRS,
+    "pairs": [
+        *PAIRS,
         ([("layer", "norm", 1)], TypeError, "`pairs` must hold"),
         ([("layer", "norm", {"no": 1})], TypeError, "`pairs` must hold options .*'no'"),
         ([("layer", "nowhere")], ValueError, "`pairs` must name modules .*nowhere"),
@@ -722,7 +762,7 @@ ROWS = {
         *((bad, TypeError, "`decay_rate` must be a .*number") for bad in (None, WORD)),
         *((bad, ValueError, "`decay_rate`.* must lie in") for bad in (NAN, -1, 2)),
     ],
-    "convert.load_torch.state_dict": [
+    "state_dict": [
         *mapping("state_dict"),
         ({}, ValueError, "`names` must lead .*missing in `state_dict`"),
         ({1: 2}, TypeError, "`state_dict` must be a mapping with strings .*got 1"),
@@ -736,7 +776,7 @@ ROWS = {
         *mapping("variables"),
         ({}, ValueError, '`variables` must hold "params" or "batch_stats"'),
     ],
-    "convert.load_torch.names": [
+    "names": [
         *mapping("names"),
         ({}, ValueError, "`names` must lead .*but not named"),
         ({"bn": 1}, TypeError, "`names` must hold paths, .*; got 1"),
@@ -804,17 +844,27 @@ ROWS = {
     ],
     "sequential": static_bool("sequential"),
     "update_statistics": static_bool("update_statistics")[1:],  # None is the default
-    "linen.weight_decay_mask.model": [
-        (bad, TypeError, "`model` must be a flax.linen.Module; got")
-        for bad in (None, WORD, Linen)
-    ],
-    "linen.weight_decay_mask.x": named("x", NO_ARRAY + NONE),
+    **{
+        f"linen.{function}.model": [
+            (bad, TypeError, "`model` must be a flax.linen.Module; got")
+            for bad in (None, WORD, Linen)
+        ]
+        for function in ("weight_decay_mask", "find_pairs")
+    },
+    **{
+        f"{function}.x": named("x", NO_ARRAY + NONE)
+        for function in (
+            "linen.weight_decay_mask",
+            "linen.find_pairs",
+            "nnx.find_pairs",
+        )
+    },
     **{
         f"nnx.{function}.model": [
             (bad, TypeError, "`model` must be a flax.nnx.Module; got")
             for bad in (None, WORD, Nnx)
         ]
-        for function in ("recalibrate", "inspect_statistics", "weight_decay_mask")
+        for function in NNX_TOOLS
     },
     "nnx.replace_batch_norm.model": [
         (None, TypeError, "`model` must be a flax.nnx.Module; got NoneType"),
@@ -882,7 +932,8 @@ def arguments_of(function):
 
 
 # What the call's *args are here.
-IN_ARGS = {"linen.weight_decay_mask": ["x"]}
+IN_ARGS = {f"{flax}.find_pairs": ["x"] for flax in ("linen", "nnx")}
+IN_ARGS["linen.weight_decay_mask"] = ["x"]
 
 
 def table():
@@ -941,7 +992,8 @@ def test_bad_argument(function, argument, bad, error, words):
     message = str(caught.value)
     assert re.search(words, message, re.DOTALL), message
     sentence = message.split("\n")
-    assert function.startswith("convert.") or len(sentence) == 1, message
+    is_list = function.startswith("convert.") or function.endswith("load_torch")
+    assert is_list or len(sentence) == 1, message
     fresh = make()
     jax.tree.map(np.testing.assert_array_equal, snapshot(good), snapshot(fresh))
 

@@ -75,9 +75,12 @@ from typing import Any, assert_type
 import jax
 from flax import linen as nn
 
+import jaxbn
 from jaxbn.linen import (
     BatchNorm,
     BatchRenorm,
+    find_pairs,
+    folded,
     inspect_statistics,
     recalibrate,
     weight_decay_mask,
@@ -107,6 +110,11 @@ assert_type(mask, dict[str, Any])
 for layer in inspect_statistics(variables, model, [x], train=True):
     assert_type(layer.name, str)
     assert_type(layer.worst_mean_over_std, float)
+pairs = find_pairs(model, x, train=False)
+assert_type(pairs.unfoldable, dict[str, str])
+smaller = jaxbn.fold_tree(variables, pairs)
+with folded(pairs):
+    y: Any = model.apply(smaller, x, False)  # pyright: ignore[reportUnknownMemberType]
 assert_type(BatchNorm(True).epsilon, float)
 assert_type(BatchNorm(True).use_running_average, bool | None)
 """
@@ -118,7 +126,7 @@ from typing import Any, assert_type
 import jax
 from flax import nnx
 
-from jaxbn.nnx import BatchNorm, BatchRenorm, weight_decay_mask
+from jaxbn.nnx import BatchNorm, BatchRenorm, find_pairs, fold, weight_decay_mask
 
 
 class Net(nnx.Module):
@@ -136,6 +144,8 @@ x = jax.lax.full((8, 4), 1.0)
 model = Net(nnx.Rngs(0))
 assert_type(model(x), jax.Array)
 assert_type(weight_decay_mask(model), nnx.State[Any, Any])
+model.eval()
+assert_type(fold(model, find_pairs(model, x)), Net)
 assert model.norm.scale is not None
 assert_type(model.norm.scale[...], jax.Array)
 assert_type(model.norm.mean[...], jax.Array)

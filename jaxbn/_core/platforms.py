@@ -1,7 +1,8 @@
 """What differs between CPU, GPU and TPU: how passes are kept apart, and sums are taken.
 
 Here are all primitives and their lowerings: fusion barriers on the CPU, one sum for two
-on a GPU, a guess on a TPU, and an error for what may be traced but not run.
+on a GPU, a guess on a TPU, an error for what may be traced but not run, and a mark on
+a value.
 
 They are primitives because `lax.platform_dependent` and `lax.cond` lose types: in a
 vmap over a shard_map with `spmd_axis_name`, their results no longer vary over that axis
@@ -186,3 +187,22 @@ batching.primitive_batchers[_traced_only] = lambda arrays, axes, *, error: (
     axes[0],
 )
 mlir.register_lowering(_traced_only, _fail)
+
+
+def mark(x: jax.Array, note: Any) -> jax.Array:
+    """Return x, by an equation of primitive `MARK` that carries `note` in a jaxpr."""
+    return MARK.bind(x, note=note)
+
+
+MARK = Primitive("mark")
+MARK.def_impl(lambda x, *, note: x)
+MARK.def_abstract_eval(lambda x, *, note: x)
+ad.primitive_jvps[MARK] = lambda primals, tangents, *, note: (
+    mark(primals[0], note),
+    *tangents,
+)
+batching.primitive_batchers[MARK] = lambda arrays, axes, *, note: (
+    mark(arrays[0], note),
+    *axes,
+)
+mlir.register_lowering(MARK, lambda context, x, *, note: [x])

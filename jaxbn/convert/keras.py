@@ -28,8 +28,8 @@ def from_keras(layer: Any) -> tuple[Params, State]:
         `state._replace(num_updates=...)`.
 
     Raises:
-        ValueError: The layer is not built yet, or is no batch norm. The message names
-            what is missing or has a different shape.
+        ValueError: The layer is not built yet, is no batch norm, or has `renorm=True`.
+            The message names what is missing or has a different shape.
         TypeError: The layer holds something other than floats.
 
     Examples:
@@ -41,6 +41,12 @@ def from_keras(layer: Any) -> tuple[Params, State]:
         >>> print(params.scale, params.bias, state.mean)
         [2.] None [0.5]
     """
+    if getattr(layer, "renorm", False):
+        raise ValueError(
+            "`layer` must have `renorm=False`, since its renorm weights have no place "
+            "here (jaxbn.batch_renorm does the same with Params and State alone); got "
+            "`renorm=True`"
+        )
     arrays = {word: _value(getattr(layer, word, None)) for word in WORDS}
     return to_layer(arrays, WORDS, 0, "`layer`, built,")
 

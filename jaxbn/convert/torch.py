@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
-from jaxbn._checks import check_iterable, check_mapping, check_path, check_variables
+from jaxbn._checks import (
+    check_instance,
+    check_iterable,
+    check_mapping,
+    check_path,
+    check_variables,
+)
 from jaxbn._core.normalize import Params
 from jaxbn._core.running import State
 from jaxbn.convert.arrays import from_layer, refuse, to_count, to_layer, to_numbers
@@ -34,7 +40,9 @@ Keys = tuple[str, ...]
 Variables = TypeVar("Variables", bound=Mapping[str, Any])
 
 
-def from_torch(state_dict: Mapping[str, object]) -> tuple[Params, State]:
+def from_torch(
+    state_dict: Mapping[str, object], *, name: str = ""
+) -> tuple[Params, State]:
     """Return the parameters and statistics of a `torch.nn.BatchNorm*`.
 
     To train on as PyTorch's defaults would, call
@@ -48,6 +56,8 @@ def from_torch(state_dict: Mapping[str, object]) -> tuple[Params, State]:
             `affine=False`), `running_mean`, `running_var`, and `num_batches_tracked`
             (0 where absent). Each is an array, or a tensor on any device, with or
             without a gradient.
+        name: The layer's name in `state_dict`, if that is the whole model's, as
+            "layer1.0.bn1". Errors name the layer by it.
 
     Returns:
         Copies of the parameters, each `(features,)` or None, in their own dtype, and of
@@ -69,10 +79,17 @@ def from_torch(state_dict: Mapping[str, object]) -> tuple[Params, State]:
         Params(scale=None, bias=None) [1. 4.]
     """
     check_mapping("state_dict", state_dict)
-    arrays = dict(state_dict)
+    check_instance("name", name, str, "a string")
+    prefix = _join(name, "")
+    source = f"`state_dict` under {name!r}" if name else "`state_dict`"
+    arrays = {
+        key.removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
     count = arrays.pop(COUNT, None)
-    num_updates = 0 if count is None else to_count("`state_dict`", COUNT, count)
-    return to_layer(arrays, WORDS, num_updates, "`state_dict`")
+    num_updates = 0 if count is None else to_count(source, COUNT, count)
+    return to_layer(arrays, WORDS, num_updates, source)
 
 
 def to_torch(params: Params, state: State) -> dict[str, np.ndarray]:

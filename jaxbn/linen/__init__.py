@@ -2,6 +2,7 @@
 
 from jaxbn._models.inspection import LayerStatistics
 from jaxbn.linen.batch_norm import BatchNorm, BatchRenorm
+from jaxbn.linen.pairs import find_pairs, folded
 from jaxbn.linen.replace import replace_batch_norm
 from jaxbn.linen.tools import inspect_statistics, recalibrate, weight_decay_mask
 
@@ -9,6 +10,8 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "LayerStatistics",
+    "find_pairs",
+    "folded",
     "inspect_statistics",
     "recalibrate",
     "replace_batch_norm",

@@ -2,6 +2,7 @@
 
 from jaxbn._models.inspection import LayerStatistics
 from jaxbn.nnx.batch_norm import BatchNorm, BatchRenorm
+from jaxbn.nnx.pairs import find_pairs, fold, load_torch
 from jaxbn.nnx.replace import replace_batch_norm
 from jaxbn.nnx.tools import inspect_statistics, recalibrate, weight_decay_mask
 
@@ -9,7 +10,10 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "LayerStatistics",
+    "find_pairs",
+    "fold",
     "inspect_statistics",
+    "load_torch",
     "recalibrate",
     "replace_batch_norm",
     "weight_decay_mask",

@@ -505,10 +505,19 @@ def test_errors_name_all_that_is_wrong():
         "  extra: gain",
         "  shape other than that of running_mean, (5,): weight (2,)",
     ]
+    whole = {"net.bn.running_mean": mean, "net.bn.running_var": mean[:2], "bn.a": mean}
+    with pytest.raises(ValueError, match=r"(?s)under 'net\.bn' .*var \(2,\)$"):
+        convert.from_torch(whole, name="net.bn")
+    whole["net.bn.num_batches_tracked"] = np.ones(2, int)
+    with pytest.raises(ValueError, match=r"under 'net\.bn' must hold num_batches"):
+        convert.from_torch(whole, name="net.bn")
     layer = types.SimpleNamespace(
         gamma=None, beta=None, moving_mean=None, moving_variance=None
     )
     with pytest.raises(ValueError, match="missing: moving_mean, moving_variance"):
+        convert.from_keras(layer)
+    layer.renorm = True
+    with pytest.raises(ValueError, match=r"`renorm=False`, .*jaxbn\.batch_renorm"):
         convert.from_keras(layer)
     with pytest.raises(ValueError, match="called 'net/norm' must be a batch norm"):
         convert.from_haiku({}, {}, name="net/norm")

@@ -1,0 +1,194 @@
+"""Pairs of a layer and a batch norm in Linen models, and models folded by them."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from inspect import unwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core.scope import DenyList
+
+from jaxbn._fold_tree import Pair, paths_in
+from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
+from jaxbn._models.rules import result_dtype
+from jaxbn.linen.batch_norm import BatchNorm
+from jaxbn.linen.tools import check_module
+
+# How `nn.BatchNorm` and others call themselves, whatever transforms their class.
+NORMS = [unwrap(norm.__call__) for norm in (nn.BatchNorm, BatchNorm)]
+LAYERS = [
+    unwrap(layer.__call__)
+    for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
+]
+
+# Part of the key of jit's caches, so that traces made inside these contexts are not
+# used outside, and the other way round. Each new one would trace everything anew.
+_TRACES = jax.make_user_context()
+
+
+def find_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> Pairs:
+    """Return the batch norms of a Linen model that can be folded, with their layers.
+
+    A batch norm can be folded into the one layer that it follows, if the layer's output
+    goes nowhere else; or else into all the layers that follow it, if its output goes to
+    them alone. Layers are `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` and
+    `nn.ConvTranspose`; batch norms are Flax's and ours. The model is traced, and
+    nothing is computed.
+
+    Limits:
+        * Modules in stacks, loops and branches (`nn.vmap`, `nn.scan`, `nn.cond`) stay.
+        * A use whose result is thrown away counts as a use.
+
+    Args:
+        model: A Linen module.
+        *args: Arguments of an inference call, as for `model.init` without the key; a
+            `jax.ShapeDtypeStruct` does in place of an array.
+        **kwargs: As for `model.init`, such as `train=False`.
+
+    Returns:
+        The pairs, a list for `jaxbn.fold_tree` with the epsilon of each. Its attribute
+        `unfoldable` tells for each other batch norm, by its path, why there is none.
+
+    Raises:
+        TypeError: `model` is not a Linen module.
+        ValueError: `model` has no batch norm.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
+        >>> from jaxbn.linen import BatchNorm, find_pairs, folded
+        >>> norm, last = BatchNorm(True, epsilon=1e-3), BatchNorm(True)
+        >>> model = nn.Sequential([nn.Dense(3, use_bias=False), norm, nn.relu, last])
+        >>> x = jnp.ones((8, 2))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> pairs = find_pairs(model, x)
+        >>> pairs
+        [('layers_0', 'layers_1', {'epsilon': 0.001})]
+        >>> print(pairs.unfoldable["layers_3"])
+        its input is not the output of one layer, and its output goes to the results
+        >>> smaller = jaxbn.fold_tree(variables, pairs)
+        >>> with folded(pairs):
+        ...     y = model.apply(smaller, x)
+        >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
+        True
+    """
+    check_module(model)
+    rngs = {"params": jax.random.key(0)}
+    mutable = DenyList(("params", "intermediates"))
+
+    given, put = arrays_apart(args, kwargs)
+
+    def init(given: Any) -> Any:
+        args, kwargs = put(given)
+        return model.init(rngs, *args, **kwargs)
+
+    def call(variables: Any, given: Any) -> Any:
+        args, kwargs = put(given)
+        with nn.intercept_methods(_mark), _TRACES("marked"):
+            return model.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
+
+    return found_pairs(call, jax.eval_shape(init, given), given)
+
+
+@contextlib.contextmanager
+def folded(pairs: Iterable[Pair]) -> Iterator[None]:
+    """Let models leave out the batch norms of `pairs`, and add the biases of layers.
+
+    For models whose batch norms and `use_bias=False` are written into their code: in
+    this context `model.apply` takes the variables that `jaxbn.fold_tree` returns. Each
+    batch norm in `pairs` returns its input, and each layer without a bias adds the
+    folded one. Enter it around each call, or inside the function that is jitted.
+
+    Args:
+        pairs: As for `jaxbn.fold_tree`; `find_pairs` returns them.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: In the context, a model was called that does not call all modules
+            in `pairs`, or with variables that are not folded.
+        TypeError: `pairs` does not hold paths.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
+        >>> from jaxbn.linen import BatchNorm, find_pairs, folded
+        >>> model = nn.Sequential([nn.Dense(3, use_bias=False), BatchNorm(True)])
+        >>> x = jnp.ones((8, 2))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> pairs = find_pairs(model, x)
+        >>> with folded(pairs):
+        ...     y = model.apply(jaxbn.fold_tree(variables, pairs), x)
+        >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
+        True
+    """
+    paths = frozenset(paths_in(pairs))
+    called = _called(paths)
+    skip = functools.partial(_skip, paths, called)
+    with nn.intercept_methods(skip), _TRACES(paths):
+        yield
+    if called and called != paths:
+        words = ", ".join(sorted("/".join(path) for path in paths - called))
+        raise ValueError(
+            f"`pairs` must name modules that the model calls; it did not call {words}"
+        )
+
+
+@functools.cache
+def _called(paths: frozenset[Any]) -> set[tuple[str, ...]]:
+    """Return the set of those of `paths` that were called.
+
+    One for all contexts with these paths, since a jitted function is traced only once.
+    """
+    return set()
+
+
+def _kind(context: Any) -> bool | None:
+    """Return whether the method is the call of a batch norm; None if of no layer."""
+    method = getattr(context.orig_method, "func", None)
+    # Weight standardization overrides `param`, and has another kernel than it holds.
+    plain = type(context.module).param is nn.Module.param
+    if plain and method in NORMS + LAYERS:
+        return method in NORMS
+    return None
+
+
+def _mark(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    is_norm, module = _kind(context), context.module
+    if is_norm is None or not args:
+        return method(*args, **kwargs)
+    where = ("batch_stats", "mean") if is_norm else ("params", "kernel")
+    array = nn.meta.unbox(module.get_variable(*where))
+    path = "/".join(module.path)
+    return marked(method, module, path, is_norm, array, *args, **kwargs)
+
+
+def _skip(
+    paths: frozenset[Any],
+    called: set[Any],
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: Any,
+) -> Any:
+    is_norm, module = _kind(context), context.module
+    if is_norm is None or not args or module.path not in paths:
+        return method(*args, **kwargs)
+    called.add(module.path)
+    # A batch norm that is not folded has a mean; a folded layer has a bias.
+    array = ("batch_stats", "mean") if is_norm else ("params", "bias")
+    if module.has_variable(*array) == is_norm:
+        raise ValueError(
+            "`variables` must be those that `fold_tree` returns for `pairs`"
+        )
+    if is_norm:
+        x = jnp.asarray(args[0])
+        learned = [module.param_dtype] * (module.use_scale or module.use_bias)
+        return x.astype(result_dtype(module.dtype, x, learned))
+    y = method(*args, **kwargs)
+    if module.use_bias:
+        return y
+    bias = nn.meta.unbox(module.get_variable("params", "bias"))
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
