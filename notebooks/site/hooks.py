@@ -94,3 +94,10 @@ def said(match):
     env = os.environ | {"COLUMNS": "80", "JAX_PLATFORMS": "cpu", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     return f"```text\n{done.stdout.rstrip()}\n```"
+
+
+def on_page_content(html, page, config, files):
+    """Link each public name in code to its entry, where it has one."""
+    name = r'(?<!">)<code>(jaxbn(?:\.\w+)+)</code>(?!</a>)'
+    entry = r'<autoref optional identifier="\1"><code>\1</code></autoref>'
+    return re.sub(name, entry, html)
