@@ -1,4 +1,4 @@
-"""Recipes that the README points to: small, whole programs over the public API."""
+"""Recipes that the documentation points to: small, whole programs over the public API."""
 
 import functools
 
