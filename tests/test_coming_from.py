@@ -1,4 +1,4 @@
-"""The table of notebooks/coming-from.md: the code of each row, run beside the peer's."""
+"""The table of notebooks/coming-from.md: the code of each row beside the peer's."""
 
 import pathlib
 import re

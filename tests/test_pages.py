@@ -1,4 +1,4 @@
-"""The pages of the documentation, and the README: their code runs, their prose is plain.
+"""The pages of the documentation and the README: code that runs, prose that is plain.
 
 Pages are notebooks/*.md; tests/test_site.py builds the site from them.
 """
@@ -135,7 +135,10 @@ def test_sentences_are_short(path):
 def test_the_count_of_words():
     long = "word " * 40
     assert [len(s.split()) for s in sentences(f"One, two.\n\n* {long}.")][-1] == 41
-    assert max(len(s.split()) for s in sentences(f"`{long}` and\n| a | {long[:90]} |")) < 35
+    assert (
+        max(len(s.split()) for s in sentences(f"`{long}` and\n| a | {long[:90]} |"))
+        < 35
+    )
 
 
 def test_spelling(tmp_path):

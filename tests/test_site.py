@@ -58,7 +58,7 @@ class Page(HTMLParser):
 def built(tmp_path_factory):
     """The folder, and what mkdocs said."""
     folder = tmp_path_factory.mktemp("site")
-    words = "mkdocs build --strict --quiet -f".split()
+    words = ["mkdocs", "build", "--strict", "--quiet", "-f"]
     env = {"JAX_PLATFORMS": "cpu", "NO_MKDOCS_2_WARNING": "1"}
     # No server can be reached.
     env |= dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")

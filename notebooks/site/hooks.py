@@ -29,7 +29,7 @@ class Formula(InlineProcessor):
         super().__init__(pattern, md)
         self.display = display
 
-    def handleMatch(self, m, data):  # noqa: N802
+    def handleMatch(self, m, data):
         math = convert(m[1].strip(), display=self.display)
         html = f'<span class="formula-{self.display}">{math}</span>'
         return self.md.htmlStash.store(html), m.start(0), m.end(0)
@@ -38,7 +38,7 @@ class Formula(InlineProcessor):
 class Formulas(Extension):
     """`$...$` in a line, `$$...$$` on lines of their own; code comes before them."""
 
-    def extendMarkdown(self, md):  # noqa: N802
+    def extendMarkdown(self, md):
         block = Formula(r"(?s)\$\$(.+?)\$\$", md, "block")
         inline = Formula(r"\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", md, "inline")
         md.inlinePatterns.register(block, "formula-block", 187)
