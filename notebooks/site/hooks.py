@@ -30,7 +30,9 @@ class Formula(InlineProcessor):
         self.display = display
 
     def handleMatch(self, m, data):
-        math = convert(m[1].strip(), display=self.display)
+        # latex2mathml 3.81 sets a single letter in \mathrm in italics.
+        tex = m[1].strip().replace(r"\mathrm", r"\text")
+        math = convert(tex, display=self.display)
         html = f'<span class="formula-{self.display}">{math}</span>'
         return self.md.htmlStash.store(html), m.start(0), m.end(0)
 
