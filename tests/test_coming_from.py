@@ -1,4 +1,4 @@
-"""README's table "Coming from": the code of each row, run beside the peer's."""
+"""The table of notebooks/coming-from.md: the code of each row beside the peer's."""
 
 import pathlib
 import re
@@ -12,11 +12,9 @@ import pytest
 import jaxbn
 import jaxbn.linen
 
-README = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text()
-CELLS = re.compile(r"^\| ([\w ]+) \| `([^`]+)` \| `([^`]+)` \| (.+) \|$", re.MULTILINE)
-TABLE = {
-    row[0]: row[1:3] for row in CELLS.findall(README.partition("\n## Coming from\n")[2])
-}
+PAGE = pathlib.Path(__file__).parents[1].joinpath("notebooks", "coming-from.md")
+CELLS = re.compile(r"^\| ([\w ]+) \| `([^`]+)` \| `([^`]+)` \|$", re.MULTILINE)
+TABLE = {row[0]: row[1:] for row in CELLS.findall(PAGE.read_text())}
 
 C = 5
 D = 0.9  # decay_rate, which Haiku has no default for
@@ -199,7 +197,7 @@ def test_row(name, monkeypatch):
     # Outputs of inference differ from those of training, and statistics have moved.
     assert np.abs(np.subtract(actual[0][0], actual[0][-1])).max() > 0.1
     assert np.min(actual[1]) > 0.1
-    if name == "Equinox":  # "without one, `axis=1` and no `axis_name`"
+    if name == "Equinox":  # "Without a `vmap`, use `axis=1` and no `axis_name`."
         whole = here.replace('axis=0, axis_name="batch"', "axis=1")
         assert whole != here
         jax.tree.map(

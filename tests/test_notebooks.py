@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+TEST_FILES = {path.name for path in Path(__file__).parent.glob("*.py")}
 
 # All that a notebook says about itself: a version or a date would change by itself.
 METADATA = {
@@ -138,6 +139,13 @@ class TestNotebook:
     def test_cells_are_short(self, path):
         for cell in code_cells(nbformat.read(path, as_version=4)):
             assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
+
+    def test_names_only_what_is_public(self, path):
+        for cell in code_cells(nbformat.read(path, as_version=4)):
+            private = re.search(r"jaxbn(\.\w+)*\._|jaxbn\.cli|sys\.path", cell.source)
+            assert private is None, cell.source
+            imported = re.findall(r"^\s*(?:import|from) (\w+)", cell.source, re.M)
+            assert not {f"{name}.py" for name in imported} & TEST_FILES, cell.source
 
     def test_every_picture_has_a_claim(self, path):
         """Asserted in its cell, or in one since the picture before."""

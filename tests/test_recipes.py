@@ -1,4 +1,4 @@
-"""Recipes that the README points to: small, whole programs over the public API."""
+"""Recipes: small, whole programs over the public API; the documentation names them."""
 
 import functools
 

@@ -80,6 +80,13 @@ class Cache:
         axis_index: The index of this device on named axes, or None.
         bias_dtype: That of the bias, None where there is none.
         config: What is static.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> y, cache = jaxbn.forward(x, jnp.ones(2), jnp.zeros(2))
+        >>> cache.x is x
+        True
     """
 
     x: jax.Array

@@ -54,6 +54,12 @@ class Moments(NamedTuple):
         num_elements: Per feature, a scalar or `(features,)`, real.
         mean: `(features,)`, at least float32; complex where x is.
         var: `(features,)`, the mean of |x - mean|^2, real.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> moments = jaxbn.batch_moments(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+        >>> print(moments.num_elements, moments.mean, moments.var)
+        2.0 [ 2. 20.] [  1. 100.]
     """
 
     num_elements: jax.Array

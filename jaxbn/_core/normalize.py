@@ -16,6 +16,15 @@ class Params(NamedTuple):
     Attributes:
         scale: `(features,)` or None.
         bias: `(features,)` or None.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> params = jaxbn.Params(scale=jnp.ones(3), bias=None)
+        >>> x = jnp.arange(6.0).reshape(2, 3)
+        >>> y, _ = jaxbn.batch_norm(x, params, jaxbn.init(3)[1], train=False)
+        >>> print(y.round(1))
+        [[0. 1. 2.]
+         [3. 4. 5.]]
     """
 
     scale: jax.Array | None

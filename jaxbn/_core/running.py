@@ -23,6 +23,12 @@ class State(NamedTuple):
         mean: `(features,)`; complex for complex x.
         var: `(features,)`, real; biased unless `running_variance="unbiased"`.
         num_updates: How many updates took effect, an int32 scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> state = jaxbn.State(jnp.zeros(3), jnp.ones(3), num_updates=jnp.int32(0))
+        >>> state._fields
+        ('mean', 'var', 'num_updates')
     """
 
     mean: jax.Array

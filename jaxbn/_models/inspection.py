@@ -41,6 +41,14 @@ class LayerStatistics:
         data: The moments of what the layer is given; None without data, and where they
             are finite for no channel.
         epsilon: That of the layer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxbn.linen import inspect_statistics
+        >>> stats = {"mean": jnp.array([0.0, 3.0]), "var": jnp.array([1.0, 0.0])}
+        >>> [layer] = inspect_statistics({"batch_stats": {"norm": stats}})
+        >>> print(layer.name, layer.num_features, layer.dead)
+        norm 2 [(1,)]
     """
 
     path: Path

@@ -158,7 +158,7 @@ GAINED = {"debias": {"debias": True}, "cumulative": {"momentum": None}}
 
 
 def completed(net, restored):
-    """What README tells to write."""
+    """What notebooks/coming-from.md tells to write."""
     return unflatten_dict(flatten_dict(init(net)) | flatten_dict(restored))
 
 

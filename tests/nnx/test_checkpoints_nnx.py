@@ -85,7 +85,7 @@ def infer(net):
 
 
 def restored_into(make, format_, path, *, lacking=()):
-    """What README tells to write: only the missing keep their fresh values."""
+    """What notebooks/coming-from.md tells: only the missing keep their values."""
     net = make()
     target = nnx.filter_state(
         nnx.state(nnx.eval_shape(make)), lambda path, _: path[-1] not in lacking
