@@ -113,8 +113,9 @@ for layer in inspect_statistics(variables, model, [x], train=True):
 pairs = find_pairs(model, x, train=False)
 assert_type(pairs.unfoldable, dict[str, str])
 smaller = jaxbn.fold_tree(variables, pairs)
+assert_type(smaller, dict[str, Any])
 with folded(pairs):
-    y: Any = model.apply(smaller, x, False)  # pyright: ignore[reportUnknownMemberType]
+    assert_type(pairs[0][0], str)
 assert_type(BatchNorm(True).epsilon, float)
 assert_type(BatchNorm(True).use_running_average, bool | None)
 """
@@ -144,7 +145,7 @@ x = jax.lax.full((8, 4), 1.0)
 model = Net(nnx.Rngs(0))
 assert_type(model(x), jax.Array)
 assert_type(weight_decay_mask(model), nnx.State[Any, Any])
-model.eval()
+model.eval()  # pyright: ignore[reportUnknownMemberType]
 assert_type(fold(model, find_pairs(model, x)), Net)
 assert model.norm.scale is not None
 assert_type(model.norm.scale[...], jax.Array)

@@ -11,18 +11,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import DenyList
 
+from jaxbn._checks import check_instance
 from jaxbn._fold_tree import Pair, paths_in
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
-from jaxbn._models.rules import result_dtype
-from jaxbn.linen.batch_norm import BatchNorm
-from jaxbn.linen.tools import check_module
+from jaxbn._models.rules import BatchNormBase, result_dtype
 
-# How `nn.BatchNorm` and others call themselves, whatever transforms their class.
-NORMS = [unwrap(norm.__call__) for norm in (nn.BatchNorm, BatchNorm)]
+# What a module's call is, whatever transforms its class.
 LAYERS = [
     unwrap(layer.__call__)
     for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
 ]
+NORM = unwrap(nn.BatchNorm.__call__)
 
 # Part of the key of jit's caches, so that traces made inside these contexts are not
 # used outside, and the other way round. Each new one would trace everything anew.
@@ -74,7 +73,8 @@ def find_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> Pairs:
         >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
         True
     """
-    check_module(model)
+    hint = "for NNX there is jaxbn.nnx"
+    check_instance("model", model, nn.Module, "a flax.linen.Module", hint)
     rngs = {"params": jax.random.key(0)}
     mutable = DenyList(("params", "intermediates"))
 
@@ -147,12 +147,13 @@ def _called(paths: frozenset[Any]) -> set[tuple[str, ...]]:
 
 def _kind(context: Any) -> bool | None:
     """Return whether the method is the call of a batch norm; None if of no layer."""
-    method = getattr(context.orig_method, "func", None)
+    method, module = context.orig_method.func, context.module
     # Weight standardization overrides `param`, and has another kernel than it holds.
-    plain = type(context.module).param is nn.Module.param
-    if plain and method in NORMS + LAYERS:
-        return method in NORMS
-    return None
+    if method in LAYERS and type(module).param is nn.Module.param:
+        return False
+    is_ours = isinstance(module, BatchNormBase) and method.__name__ == "__call__"
+    is_ours = is_ours and method.__module__.startswith("jaxbn.")
+    return True if is_ours or method is NORM else None
 
 
 def _mark(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

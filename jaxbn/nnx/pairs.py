@@ -13,11 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _checks, convert
 from jaxbn._fold_tree import Pair, fold_tree, paths_in
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
-from jaxbn._models.rules import result_dtype
-from jaxbn.nnx.batch_norm import BatchNorm
-from jaxbn.nnx.tools import check_module
+from jaxbn._models.rules import BatchNormBase, result_dtype
 
-NORMS = [nnx.BatchNorm.__call__, BatchNorm.__call__]
 LAYERS = [
     layer.__call__
     for layer in (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
@@ -59,7 +56,7 @@ def find_pairs(model: nnx.Module, *args: Any, **kwargs: Any) -> Pairs:
         >>> find_pairs(model, jnp.ones((8, 2)))
         [('layers/0', 'layers/1', {'epsilon': 1e-05})]
     """
-    check_module(model)
+    _check_module(model)
     definition, state = nnx.split(model)
     given, put = arrays_apart(args, kwargs)
 
@@ -67,7 +64,7 @@ def find_pairs(model: nnx.Module, *args: Any, **kwargs: Any) -> Pairs:
         args, kwargs = put(given)
         copy: Any = nnx.merge(definition, _with(state, variables))
         for path, module in _modules(copy).items():
-            if type(module).__call__ in NORMS + LAYERS:
+            if type(module).__call__ in LAYERS or _is_norm(type(module)):
                 object.__setattr__(module, "__class__", _marking(type(module)))
                 module.path_in_model = "/".join(path)
         result = copy(*args, **kwargs)
@@ -107,7 +104,7 @@ def fold(model: Model, pairs: Iterable[Pair], *, epsilon: float = 1e-5) -> Model
         >>> print(type(smaller.layers[1]).__name__, jnp.allclose(smaller(x), model(x)))
         Identity True
     """
-    check_module(model)
+    _check_module(model)
     _checks.check_iterable("pairs", pairs, "pairs")
     pairs = list(pairs)
     tree = fold_tree(_tree(nnx.state(model)), pairs, epsilon=epsilon)
@@ -160,7 +157,7 @@ def load_torch(
         >>> print(model.kernel[...].shape, model.bias[...])
         (2, 3) [0. 1. 2.]
     """
-    check_module(model)
+    _check_module(model)
     state = nnx.state(model)
     options = {"conv_transpose": conv_transpose}
     new = convert.load_torch(state_dict, _tree(state), names, **options)
@@ -186,6 +183,18 @@ class Identity(nnx.Module):
         Args:
           use_running_average: Ignored.
         """
+
+
+def _check_module(model: object) -> None:
+    hint = "for Linen there is jaxbn.linen"
+    _checks.check_instance("model", model, nnx.Module, "a flax.nnx.Module", hint)
+
+
+def _is_norm(cls: Any) -> bool:
+    """Whether a class is called as Flax's batch norm or ours, not as an heir."""
+    is_ours = issubclass(cls, BatchNormBase)
+    is_ours = is_ours and cls.__call__.__module__.startswith("jaxbn.")
+    return is_ours or cls.__call__ is nnx.BatchNorm.__call__
 
 
 def _modules(model: nnx.Module) -> dict[tuple[str, ...], Any]:
@@ -214,7 +223,7 @@ def _put(model: nnx.Module, made: Mapping[int, nnx.Module]) -> None:
 @functools.cache
 def _marking(cls: Any) -> Any:
     """Return a class like `cls` whose call marks what it is given and returns."""
-    is_norm = cls.__call__ in NORMS
+    is_norm = _is_norm(cls)
 
     class Marking(cls):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
