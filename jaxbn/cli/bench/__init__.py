@@ -41,10 +41,8 @@ QUICK_LIMITS, LIMITS = (9, 1.5), (25, 2.5)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
 
-    def several(
-        flag: str, names: Iterable[str], default: Iterable[str], help: str
-    ) -> None:
-        help = f"{help} (default: all): {', '.join(names)}"
+    def several(flag: str, names: Iterable[str], default: Iterable[str], text: str):
+        help = f"{text} (default: all): {', '.join(names)}"
         choices = {"nargs": "+", "choices": [*names], "default": [*default]}
         parser.add_argument(flag, metavar="NAME", help=help, **choices)
 
@@ -54,11 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("--dtype", cases.DTYPES, cases.DTYPES, "dtypes of x")
     modes = "what one call computes; chain is eight layers, the nearest to a real model"
     several("--mode", cases.MODES, (), modes)
-    natural, text = (
-        common.integer_from(1),
-        "rounds of calls (default: as fit into 2.5 s)",
-    )
-    parser.add_argument("--rounds", type=natural, metavar="N", help=text)
+    number = {"type": common.integer_from(1), "metavar": "N"}
+    text = "rounds of calls (default: as many as fit into 2.5 s)"
+    parser.add_argument("--rounds", **number, help=text)
     text = "few layers, few rounds, and the modes with gradients"
     parser.add_argument("--quick", action="store_true", help=text)
     for name, content in {"json": "all figures", "png": "the chart"}.items():
@@ -139,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     common.write_json(args.json, content)
     for each in report.summary(content):
         out.print(each)
-    if png := report.chart(content["rows"], machine["cpu"]):
+    if png := report.chart(content["rows"], machine):
         common.write(args.png, png)
         out.print(f"the chart is {args.png}")
     out.print(f"all figures are in {args.json}")

@@ -138,7 +138,7 @@ def _table(title: str, headings: Collection[str]) -> Table:
     return table
 
 
-def chart(rows: Rows, device: str) -> bytes | None:
+def chart(rows: Rows, machine: Mapping[str, Any]) -> bytes | None:
     """Draw forward + backward in copies as a PNG, or None if there is none of it."""
     rows = [row for row in rows if row["mode"] == "forward+backward"]
     if not rows:
@@ -150,6 +150,7 @@ def chart(rows: Rows, device: str) -> bytes | None:
     size = (max(8, 1 + 0.9 * len(layers)), 1.8 + 2.7 * len(dtypes))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(dtypes), 1, squeeze=False)[:, 0]
+    pale = []
     ticks = [layer.replace(", ", "\n") for layer in layers]
     for dtype, axes in zip(dtypes, panels, strict=True):
         for i, name in enumerate(names[1:]):  # without the copy
@@ -159,17 +160,19 @@ def chart(rows: Rows, device: str) -> bytes | None:
             ]
             heights = [row["copies"] for row in some]
             bars = axes.bar(at, heights, 0.9 / len(names), color=f"C{i}", label=name)
-            for bar, row in zip(bars, some, strict=True):
-                bar.set_alpha(1 if row["trusted"] else 0.3)
+            pale += [bar for bar, r in zip(bars, some, strict=True) if not r["trusted"]]
         axes.axhline(FLOOR_IN_COPIES, color="0.3", linestyle="--")
         axes.set(ylim=(0, TOP), ylabel=f"{dtype}: time in copies of x")
         axes.set_xticks(range(len(layers)), ticks, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
+    device = machine["cpu" if machine["backend"] == "cpu" else "device"]
     title = f"batch norm, forward + backward, on {device}\n"
     title += f"dashed: the floor; pale: the machine was busy; above {TOP}: cut"
     handles = panels[0].get_legend_handles_labels()
     place = {"loc": "outside upper center", "ncols": 5, "frameon": False}
     figure.legend(*handles, **place, title=title)
+    for bar in pale:  # after the legend, which copies the bars
+        bar.set_alpha(0.3)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     return png.getvalue()
