@@ -991,9 +991,10 @@ class TestRecalibrate:
         jax.tree.map(np.testing.assert_array_equal, after, before)
         assert net.blocks[0].norm.recorded is None
 
-    def test_a_model_without_ours(self):
+    def test_a_model_without_batch_norm(self):
+        linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="`model` must call a BatchNorm;"):
-            jaxbn.nnx.recalibrate(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), [self.x])
+            jaxbn.nnx.recalibrate(linear, [self.x])
 
 
 # --- inspect_statistics ---------------------------------------------------------------
@@ -1026,8 +1027,8 @@ class TestInspect:
         assert layer.scale is None
 
     def test_errors(self):
-        theirs = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="`model` must have a BatchNorm;"):
-            jaxbn.nnx.inspect_statistics(theirs)
+            jaxbn.nnx.inspect_statistics(linear)
         with pytest.raises(ValueError, match="`batches` must hold at least one"):
             jaxbn.nnx.inspect_statistics(make(4), [])
