@@ -17,7 +17,7 @@ from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import BatchNormBase, result_dtype
 
 # What a module's call is, whatever transforms its class.
-LAYERS = [
+LAYERS: list[Any] = [
     unwrap(layer.__call__)
     for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
 ]

@@ -15,7 +15,7 @@ from jaxbn._fold_tree import Pair, fold_tree, paths_in
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import BatchNormBase, result_dtype
 
-LAYERS = [
+LAYERS: list[Any] = [
     layer.__call__
     for layer in (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
 ]
