@@ -119,14 +119,7 @@ def written(path):
     return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(README, marks=pytest.mark.xfail(reason="the old README")),
-        *[GUIDE, *PAGES, *NOTEBOOKS],
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize("path", [README, GUIDE, *PAGES, *NOTEBOOKS], ids=name)
 def test_sentences_are_short(path):
     counted = [(len(re.findall(r"\w\S*", s)), s) for s in sentences(written(path))]
     assert [(n, s) for n, s in counted if n > MOST_WORDS] == []
