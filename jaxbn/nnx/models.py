@@ -1,6 +1,6 @@
 """The batch norms of an NNX model, ours and Flax's, and others in Flax's place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +45,12 @@ def replaced(model: Any, make: Callable[[Any], nnx.Module]) -> tuple[Any, list[P
     found = batch_norms(model).items()
     norms = {path: norm for path, norm in found if isinstance(norm, nnx.BatchNorm)}
     made = {id(norm): make(norm) for norm in norms.values()}
+    put_modules(model, made)
+    return made.get(id(model), model), list(norms)
+
+
+def put_modules(model: nnx.Module, made: Mapping[int, nnx.Module]) -> None:
+    """Put the modules `made` in the place of others, given by `id`, in a model."""
 
     def put(value: Any) -> Any:
         return made.get(id(value), value)
@@ -58,7 +64,6 @@ def replaced(model: Any, make: Callable[[Any], nnx.Module]) -> tuple[Any, list[P
             leaves = jax.tree.leaves(value, is_leaf=is_whole)
             if any(id(leaf) in made for leaf in leaves):
                 setattr(node, name, jax.tree.map(put, value, is_leaf=is_whole))
-    return put(model), list(norms)
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:

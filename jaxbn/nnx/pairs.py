@@ -14,6 +14,7 @@ from jaxbn import _checks, convert
 from jaxbn._fold_tree import Pair, fold_tree, paths_in
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import BatchNormBase, result_dtype
+from jaxbn.nnx.models import check_module, put_modules
 
 LAYERS: list[Any] = [
     layer.__call__
@@ -56,7 +57,7 @@ def find_pairs(model: nnx.Module, *args: Any, **kwargs: Any) -> Pairs:
         >>> find_pairs(model, jnp.ones((8, 2)))
         [('layers/0', 'layers/1', {'epsilon': 1e-05})]
     """
-    _check_module(model)
+    check_module(model)
     definition, state = nnx.split(model)
     given, put = arrays_apart(args, kwargs)
 
@@ -104,7 +105,7 @@ def fold(model: Model, pairs: Iterable[Pair], *, epsilon: float = 1e-5) -> Model
         >>> print(type(smaller.layers[1]).__name__, jnp.allclose(smaller(x), model(x)))
         Identity True
     """
-    _check_module(model)
+    check_module(model)
     _checks.check_iterable("pairs", pairs, "pairs")
     pairs = list(pairs)
     tree = fold_tree(_tree(nnx.state(model)), pairs, epsilon=epsilon)
@@ -121,7 +122,7 @@ def fold(model: Model, pairs: Iterable[Pair], *, epsilon: float = 1e-5) -> Model
         if module.bias is None:
             module.bias, module.use_bias = nnx.Param(arrays[*path, "bias"]), True
         module.bias.set_value(arrays[*path, "bias"])
-    _put(model, made)
+    put_modules(model, made)
     return model
 
 
@@ -157,7 +158,7 @@ def load_torch(
         >>> print(model.kernel[...].shape, model.bias[...])
         (2, 3) [0. 1. 2.]
     """
-    _check_module(model)
+    check_module(model)
     state = nnx.state(model)
     options = {"conv_transpose": conv_transpose}
     new = convert.load_torch(state_dict, _tree(state), names, **options)
@@ -185,11 +186,6 @@ class Identity(nnx.Module):
         """
 
 
-def _check_module(model: object) -> None:
-    hint = "for Linen there is jaxbn.linen"
-    _checks.check_instance("model", model, nnx.Module, "a flax.nnx.Module", hint)
-
-
 def _is_norm(cls: Any) -> bool:
     """Whether a class is called as Flax's batch norm or ours, not as an heir."""
     is_ours = issubclass(cls, BatchNormBase)
@@ -204,20 +200,6 @@ def _modules(model: nnx.Module) -> dict[tuple[str, ...], Any]:
 def _identity(norm: Any) -> Identity:
     learned = (norm.scale, norm.bias)
     return Identity(norm.dtype, tuple(p[...].dtype for p in learned if p is not None))
-
-
-def _put(model: nnx.Module, made: Mapping[int, nnx.Module]) -> None:
-    """Put the modules `made` in the place of others, given by `id`, in a model."""
-
-    def is_whole(value: Any) -> bool:
-        return isinstance(value, nnx.Pytree | nnx.Variable)
-
-    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
-    for node in nodes:
-        for name, old in list(vars(node).items()):
-            if any(id(v) in made for v in jax.tree.leaves(old, is_leaf=is_whole)):
-                new = jax.tree.map(lambda v: made.get(id(v), v), old, is_leaf=is_whole)
-                setattr(node, name, new)
 
 
 @functools.cache
