@@ -115,6 +115,8 @@ class Layers(nn.Module):
 
 @DTYPES
 @pytest.mark.parametrize("number", [1, CHIPS])
+@jax.numpy_dtype_promotion("standard")  # Flax needs it
+@jax.numpy_rank_promotion("allow")
 def test_layers_move_what_flax_moves(chips, number, dtype):
     """Both moments are taken in the epilogues of the convolutions."""
     _, (x, dy, *_) = arguments(chips[:number], dtype, images=128)

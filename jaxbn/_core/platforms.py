@@ -110,7 +110,7 @@ mlir.register_lowering(_pair_sum, mlir.lower_fun(_sum_each))
 mlir.register_lowering(_pair_sum, mlir.lower_fun(_sum_as_complex), platform="gpu")
 
 
-def guess_on_tpu(way: Callable[..., Any], *args: jax.Array) -> list[jax.Array]:
+def guess_on_tpu(way: Callable[..., Any], *args: Any) -> list[jax.Array]:
     """Return shift, offset and var of x by way(x, None, *others): `args` has a guess.
 
     On a TPU take way(x, guess, *others) if each |offset| there is at most 1.5 std: XLA
