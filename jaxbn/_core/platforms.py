@@ -146,7 +146,7 @@ def _guess_batch(args, dims, way):
     if at is None and set(dims) == {None}:  # many guesses for one x
         return way(x, None, *others), (None, None, None)
     way = jax.vmap(way, (at, 0, *dims))
-    if at is None:  # many masks for one x
+    if at is None or jax.typeof(x).sharding.spec[at]:  # one x, or rows on many devices
         return way(x, None, *others), (0, 0, 0)
     guess = batching.bdim_at_front(guess, guess_at, x.shape[at])
     return _guess.bind(x, guess, *others, way=way), (0, 0, 0)

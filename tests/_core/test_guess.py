@@ -178,7 +178,7 @@ def test_renorm_by_the_same_moments(forced):
 # Derivatives
 
 
-@pytest.mark.parametrize("stds", [0.5, 10])
+@pytest.mark.parametrize("stds", [0.5, 1e7])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_second_derivatives(stds, masked, mapped):
@@ -186,20 +186,21 @@ def test_second_derivatives(stds, masked, mapped):
     with jax.enable_x64(True):
         x, dy, scale = (np.float64(a)[..., :2] for a in draw(rows=12))
         mask = np.arange(12)[:, None] % 5 > 0 if masked else None
-        mean = np.float64(running_mean(x, stds))
         params = jaxbn.Params(scale[:2], None)
-        state = jaxbn.State(mean, np.ones(2), jnp.int32(0))
+        means = [np.float64(running_mean(x, far)) for far in (0, stds)]
 
-        def y(x):
-            return jaxbn.batch_norm(x, params, state, train=True, mask=mask)[0]
+        def loss(x, mean):
+            state = jaxbn.State(mean, np.ones(2), jnp.int32(0))
 
-        def loss(x):
-            out = jax.vmap(y, 2, 1)(x[..., None])[:, 0] if mapped else y(x)
-            return (out**3 * dy).sum()
+            def train(x):
+                return jaxbn.batch_norm(x, params, state, train=True, mask=mask)[0]
 
-        usual = jax.jit(jax.hessian(loss))(x)
+            y = jax.vmap(train, 2, 1)(x[..., None])[:, 0] if mapped else train(x)
+            return (y**3 * dy).sum()
+
+        usual = jax.jit(jax.hessian(loss))(x, means[0])
         with guess.forced():
-            got = jax.jit(jax.hessian(loss))(x)
+            got = jax.jit(jax.hessian(loss))(x, means[1])
         np.testing.assert_allclose(got, usual, rtol=0, atol=1e-12 * abs(usual).max())
 
 
