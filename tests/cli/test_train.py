@@ -213,7 +213,8 @@ def test_run_that_was_killed_50_times_ends_in_the_same_bits(tmp_path):
             time.sleep(rng.uniform(0, 0.5))
         process.send_signal(numbers[i % 3])
         _, err = process.communicate(timeout=120)
-        assert process.returncode in {-9, -15, 130, 143, 0}, err
+        # -2 is Ctrl-C while Python imports JAX, before the program begins.
+        assert process.returncode in {-9, -15, -2, 130, 143, 0}, err
         assert steps(folder) >= before
         print(i, numbers[i % 3].name, before, steps(folder))
         if process.returncode == 0:
