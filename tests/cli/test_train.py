@@ -293,7 +293,7 @@ def test_batch_that_cannot_be_is_one_line(size, tmp_path, capsys):
         capsys, *flags
     )
     flags = ("--devices", 9, "--batch-size", 9, "--out", tmp_path)
-    assert "9 of 8 cpu devices" in refusal(capsys, *flags)
+    assert "--devices: there are 8 cpu devices; got 9" in refusal(capsys, *flags)
 
 
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
