@@ -18,9 +18,9 @@ def _be_quiet(hook: Any = sys.unraisablehook) -> None:
     """Let Orbax say an error once, where it raises it."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # After an error, tensorstore calls an event loop that Orbax has closed.
-    late = "Event loop is closed"
-    sys.unraisablehook = lambda each: str(each.exc_value) == late or hook(each)
+    # After an error the other reads and writes fail too, where nobody listens.
+    late = ("Event loop is closed", "Encountered error while reading array index")
+    sys.unraisablehook = lambda each: str(each.exc_value).startswith(late) or hook(each)
 
 
 _be_quiet()

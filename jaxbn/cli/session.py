@@ -116,7 +116,8 @@ def _devices(count: int) -> list[Any]:
     """Return the first `count` devices of each process."""
     own = jax.local_devices()
     if len(own) < count:
-        raise CommandError(f"argument --devices: {len(own)} {own[0].platform} devices")
+        have = f"there are {len(own)} {own[0].platform} devices"
+        raise CommandError(f"argument --devices: {have}; got {count}")
     everywhere = itertools.groupby(jax.devices(), lambda device: device.process_index)
     return [device for _, group in everywhere for device in list(group)[:count]]
 

@@ -52,7 +52,7 @@ DEFAULTS = {
     "cnn": {"epochs": 12, "batch_size": 64, "learning_rate": 0.05},
     "mlp": {"epochs": 60, "batch_size": 60, "learning_rate": 1.0},
 }
-MNIST_EPOCHS = {"cnn": 3, "mlp": 20}
+MNIST_EPOCHS = {"cnn": 6, "mlp": 20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -213,7 +213,8 @@ def test_run_that_was_killed_50_times_ends_in_the_same_bits(tmp_path):
             time.sleep(rng.uniform(0, 0.5))
         process.send_signal(numbers[i % 3])
         _, err = process.communicate(timeout=120)
-        assert process.returncode in {-9, -15, 130, 143, 0}, err
+        # -2 is Ctrl-C while Python imports JAX, before the program begins.
+        assert process.returncode in {-9, -15, -2, 130, 143, 0}, err
         assert steps(folder) >= before
         print(i, numbers[i % 3].name, before, steps(folder))
         if process.returncode == 0:
@@ -292,7 +293,7 @@ def test_batch_that_cannot_be_is_one_line(size, tmp_path, capsys):
         capsys, *flags
     )
     flags = ("--devices", 9, "--batch-size", 9, "--out", tmp_path)
-    assert "9 of 8 cpu devices" in refusal(capsys, *flags)
+    assert "--devices: there are 8 cpu devices; got 9" in refusal(capsys, *flags)
 
 
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
