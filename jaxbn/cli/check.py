@@ -42,7 +42,11 @@ QUANTITIES: tuple[str, ...] = (
     "dscale",
     "dbias",
 )
-COLUMNS = {"y": QUANTITIES[:2], "stats": QUANTITIES[2:4], "gradients": QUANTITIES[4:]}
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "y": QUANTITIES[:2],
+    "stats": QUANTITIES[2:4],
+    "gradients": QUANTITIES[4:],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
