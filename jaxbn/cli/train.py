@@ -48,7 +48,7 @@ NORMS = ("jaxbn", "none", "flax")
 # The learning rate of `mlp` is one that suits the plain network (with 0.3 and 0.1 it
 # takes 1.6 and 4 times as long to 90 %): the normalized one, which does well with all
 # three, is not to win by a choice made for it.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cnn": {"epochs": 12, "batch_size": 64, "learning_rate": 0.05},
     "mlp": {"epochs": 60, "batch_size": 60, "learning_rate": 1.0},
 }

@@ -47,9 +47,9 @@ class Mesh:
 
     def __init__(self, devices: list[Any]):
         mesh = jax.sharding.Mesh(np.asarray(devices), ("examples",))
-        self.size = len(devices)
-        self.split = NamedSharding(mesh, PartitionSpec("examples"))
-        self.whole = NamedSharding(mesh, PartitionSpec())
+        self.size: int = len(devices)
+        self.split: NamedSharding = NamedSharding(mesh, PartitionSpec("examples"))
+        self.whole: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
     def place(self, array: Any, sharding: NamedSharding) -> jax.Array:
         """Put an array that every process has on the devices."""
@@ -60,7 +60,7 @@ class Trainer:
     """A network with one kind of norm: its state, and what was seen so far."""
 
     def __init__(self, settings: Settings, norm: str, data: Digits, mesh: Mesh):
-        self.model = models.create(settings.model, norm)
+        self.model: Any = models.create(settings.model, norm)
         # Plain SGD for `mlp`, as in the paper. The rate is constant, so that a step
         # does not depend on how many are to follow it.
         momentum = 0.9 if settings.model == "cnn" else None
