@@ -1,6 +1,5 @@
-"""The commands of `python -m jaxbn`, one module each.
+"""The commands of `jaxbn`, one module each.
 
-A command module is cheap to import and has four names: `SUMMARY`, `DESCRIPTION`,
-`add_arguments(parser)` and `run(args)`, which imports what it needs and returns an
-exit code.
+The top of a command's module is cheap to import and has three names: `DESCRIPTION`,
+`add_arguments(parser)` and `run(args)`, which returns an exit code.
 """
