@@ -105,7 +105,7 @@ def test_a_resnet_is_folded_whole():
     norms = nnx.BatchNorm | BatchNorm
     assert not [m for _, m in nnx.iter_modules(smaller) if isinstance(m, norms)]
     assert jax.tree.leaves(nnx.state(smaller, nnx.BatchStat)) == []
-    assert len(inspect_statistics(model)) == 4
+    assert len(inspect_statistics(model)) == 7
     view = nnx.view(smaller, use_running_average=True, deterministic=True)
     np.testing.assert_array_equal(view(x), smaller(x))
     assert find_pairs(model, x=x) == pairs  # nothing is left in the model
