@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
+from jax.typing import ArrayLike
 
 from jaxbn._axes import feature_axes, is_int
 from jaxbn._checks import as_array
 from jaxbn._core.platforms import MARK, mark
 from jaxbn._fold_tree import fold_tree
+from jaxbn._models.measure import PyTree
 
 # Equations that hold one program, with its inputs and its results.
 CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
@@ -28,10 +30,13 @@ COPIES |= {"sharding_constraint"}
 
 BY_BATCH = "it normalizes by the batch in this call, not as in inference"
 
+# What is traced of the arguments of a call.
+Arrays = list[jax.Array]
 # The output of a module, by its path; a variable, by collection, path and name; or
 # anything else.
 Source = str | tuple[str, ...] | None
-Pair = tuple[str, str, dict[str, Any]]
+Options = dict[str, Any]
+Pair = tuple[str, str, Options]
 
 
 class Pairs(list[Pair]):
@@ -58,7 +63,7 @@ class Call(NamedTuple):
     # The kernel's axis for each of the last axes of a layer's output.
     outputs: Mapping[int, int]
     # A norm's epsilon, or a layer's padding.
-    options: dict[str, Any]
+    options: Options
     # Why the norm, or one before the layer, cannot be folded.
     refusal: str
 
@@ -68,11 +73,11 @@ def marked(
     module: Any,
     path: str,
     is_norm: bool,
-    array: Any,
-    x: Any,
+    array: jax.Array,
+    x: ArrayLike,
     *args: Any,
     **kwargs: Any,
-) -> Any:
+) -> jax.Array:
     """Return `call(x, *args, **kwargs)`, with a mark on x and on what comes out.
 
     `array` is the kernel of the layer `module`, or the mean of the batch norm.
@@ -121,27 +126,27 @@ def _layer(layer: Any, ndim: int, kernel_ndim: int):
 
 
 def arrays_apart(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    args: PyTree, kwargs: PyTree
+) -> tuple[Arrays, Callable[[Arrays], PyTree]]:
     """Return the arrays in the arguments of a call, and what puts others there."""
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
     arrays = jax.Array | np.ndarray | jax.ShapeDtypeStruct
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, arrays)]
 
-    def put(given: list[Any]) -> Any:
+    def put(given: Arrays) -> PyTree:
         new = dict(zip(places, given, strict=True))
         return structure.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
 
     return [leaves[i] for i in places], put
 
 
-def found_pairs(call: Callable[..., Any], variables: Any, given: list[Any]) -> Pairs:
+def found_pairs(call: Callable[..., PyTree], variables: PyTree, given: Arrays) -> Pairs:
     """Return the pairs of a model, whose modules call `marked`.
 
     `call(variables, given)` returns all that a folding must not change.
     """
 
-    def run(variables: Any, given: list[Any]) -> list[jax.Array]:
+    def run(variables: PyTree, given: Arrays) -> list[jax.Array]:
         results = jax.tree.leaves(call(variables, given))
         return [leaf for leaf in results if isinstance(leaf, jax.Array)]
 
@@ -165,7 +170,7 @@ class _Program:
         inside: The path of the module that is running.
     """
 
-    def __init__(self, variables: dict[str, Any]):
+    def __init__(self, variables: PyTree):
         flat, _ = jax.tree_util.tree_flatten_with_path(variables)
         self.variables = variables
         self.shapes: dict[tuple[str, ...], tuple[int, ...]] = {
@@ -282,9 +287,9 @@ class _Program:
             pairs.append((norm.path, layer.path, options))
         return pairs
 
-    def _layer(self, source: Any) -> Call | None:
+    def _layer(self, source: Source) -> Call | None:
         """Return the layer whose output or whose path `source` is."""
-        call = self.calls.get(source)
+        call = self.calls.get(source) if isinstance(source, str) else None
         return None if call is None or call.is_norm else call
 
     def _checked(self, pairs: list[Pair]) -> list[Pair]:

@@ -2,17 +2,19 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import unwrap
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import DenyList
+from jax.typing import ArrayLike
 
 from jaxbn._checks import check_instance
-from jaxbn._fold_tree import Pair, paths_in
+from jaxbn._fold_tree import Pair, Path, paths_in
+from jaxbn._models.measure import PyTree
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
 from jaxbn._models.rules import BatchNormBase, result_dtype
 
@@ -80,11 +82,11 @@ def find_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> Pairs:
 
     given, put = arrays_apart(args, kwargs)
 
-    def init(given: Any) -> Any:
+    def init(given: PyTree) -> PyTree:
         args, kwargs = put(given)
         return model.init(rngs, *args, **kwargs)
 
-    def call(variables: Any, given: Any) -> Any:
+    def call(variables: PyTree, given: PyTree) -> PyTree:
         args, kwargs = put(given)
         with nn.intercept_methods(_mark), _TRACES("marked"):
             return model.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
@@ -137,7 +139,7 @@ def folded(pairs: Iterable[Pair]) -> Iterator[None]:
 
 
 @functools.cache
-def _called(paths: frozenset[Any]) -> set[tuple[str, ...]]:
+def _called(paths: frozenset[Path]) -> set[Path]:
     """Return the set of those of `paths` that were called.
 
     One for all contexts with these paths, since a jitted function is traced only once.
@@ -145,9 +147,9 @@ def _called(paths: frozenset[Any]) -> set[tuple[str, ...]]:
     return set()
 
 
-def _kind(context: Any) -> bool | None:
+def _kind(context: nn.module.InterceptorContext) -> bool | None:
     """Return whether the method is the call of a batch norm; None if of no layer."""
-    method, module = context.orig_method.func, context.module
+    method, module = cast(Any, context.orig_method).func, context.module
     # Weight standardization overrides `param`, and has another kernel than it holds.
     if method in LAYERS and type(module).param is nn.Module.param:
         return False
@@ -156,8 +158,13 @@ def _kind(context: Any) -> bool | None:
     return True if is_ours or method is NORM else None
 
 
-def _mark(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    is_norm, module = _kind(context), context.module
+def _mark(
+    method: Callable[..., jax.Array],
+    args: Sequence[ArrayLike],
+    kwargs: Mapping[str, object],
+    context: nn.module.InterceptorContext,
+) -> jax.Array:
+    is_norm, module = _kind(context), cast(Any, context.module)
     if is_norm is None or not args:
         return method(*args, **kwargs)
     where = ("batch_stats", "mean") if is_norm else ("params", "kernel")
@@ -167,14 +174,14 @@ def _mark(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> A
 
 
 def _skip(
-    paths: frozenset[Any],
-    called: set[Any],
-    method: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    context: Any,
-) -> Any:
-    is_norm, module = _kind(context), context.module
+    paths: frozenset[Path],
+    called: set[Path],
+    method: Callable[..., jax.Array],
+    args: Sequence[ArrayLike],
+    kwargs: Mapping[str, object],
+    context: nn.module.InterceptorContext,
+) -> jax.Array:
+    is_norm, module = _kind(context), cast(Any, context.module)
     if is_norm is None or not args or module.path not in paths:
         return method(*args, **kwargs)
     called.add(module.path)
