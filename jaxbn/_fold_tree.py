@@ -134,10 +134,10 @@ def _at(tree: Tree, collection: str, path: Path) -> Tree:
     return here if isinstance(here, dict) else {}
 
 
-def paths_in(pairs: Iterable[Pair]) -> set[Path]:
-    """Return the paths of all modules that `pairs` name."""
+def paths_in(pairs: Iterable[Pair]) -> list[tuple[Path, ...]]:
+    """Return the two paths of modules that each of `pairs` names."""
     _checks.check_iterable("pairs", pairs, "pairs")
-    return {path for pair in pairs for path in _paths(pair)}
+    return [tuple(_paths(pair)) for pair in pairs]
 
 
 def _paths(pair: Sequence[Any]) -> list[Path]:

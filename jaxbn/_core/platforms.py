@@ -189,20 +189,23 @@ batching.primitive_batchers[_traced_only] = lambda arrays, axes, *, error: (
 mlir.register_lowering(_traced_only, _fail)
 
 
-def mark(x: jax.Array, note: Any) -> jax.Array:
-    """Return x, by an equation of primitive `MARK` that carries `note` in a jaxpr."""
-    return MARK.bind(x, note=note)
+def mark(x: jax.Array, array: jax.Array, note: Any) -> jax.Array:
+    """Return x, by an equation of primitive `MARK` in a jaxpr that carries `note`.
+
+    `array` is an operand as well, so that a walk over the jaxpr sees which one it is.
+    """
+    return MARK.bind(x, array, note=note)
 
 
 MARK = Primitive("mark")
-MARK.def_impl(lambda x, *, note: x)
-MARK.def_abstract_eval(lambda x, *, note: x)
+MARK.def_impl(lambda x, array, *, note: x)
+MARK.def_abstract_eval(lambda x, array, *, note: x)
 ad.primitive_jvps[MARK] = lambda primals, tangents, *, note: (
-    mark(primals[0], note),
-    *tangents,
+    mark(primals[0], primals[1], note),
+    tangents[0],
 )
 batching.primitive_batchers[MARK] = lambda arrays, axes, *, note: (
-    mark(arrays[0], note),
-    *axes,
+    mark(arrays[0], arrays[1], note),
+    axes[0],
 )
-mlir.register_lowering(MARK, lambda context, x, *, note: [x])
+mlir.register_lowering(MARK, lambda context, x, array, *, note: [x])

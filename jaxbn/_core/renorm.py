@@ -1,6 +1,7 @@
 """Batch renorm: the correction of a batch towards the running statistics."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -122,12 +123,14 @@ def step_limits(
     Source: Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning
     for Greater Sample Efficiency and Simplicity", 2024, and its code.
     """
-    if not _checks.check_number("warmup", warmup) >= 0:
+    number = _checks.check_number("warmup", warmup)
+    if not number >= 0:
         raise ValueError(f"`warmup` must not be negative; got {warmup}")
+    last = math.ceil(min(number, 2**31 - 1))
     largest = _checks.check_number("r_max", r_max)
     furthest = _checks.check_number("d_max", d_max)
     check_limits(largest, furthest)
-    return _Step(warmup, 1.0, largest), _Step(warmup, 0.0, furthest)
+    return _Step(last, 1.0, largest), _Step(last, 0.0, furthest)
 
 
 @dataclasses.dataclass(frozen=True)

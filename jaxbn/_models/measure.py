@@ -240,11 +240,19 @@ def _record(
         args, kwargs = (), batch
     kwargs = dict(**kwargs, **static, **traced)  # TypeError if one is in two
     recorded = call(definition, recording, variables, args, kwargs)
+    shapes = dict(recording.called)
+    hidden = [path for path in recorded if path not in shapes]
+    if hidden and sequential:
+        raise ValueError(
+            "`model` must not call several modules by one trace of nn.jit, which hides "
+            f"the order of {hidden} that `sequential` needs; leave nn.jit out"
+        )
+    shapes |= {path: recorded[path].mean.shape for path in hidden}
     return [
         _Layer(
             path, recorded[path].mean.size // max(1, math.prod(shape)), recorded[path]
         )
-        for path, shape in dict(recording.called).items()
+        for path, shape in shapes.items()
     ]
 
 

@@ -89,10 +89,10 @@ def marked(
         else _layer(module, x.ndim, len(shape))
     )
     note = Call(path, shape, is_norm, *described)
-    x = mark(x, (note, False))
+    x = mark(x, array, (note, False))
     # A training batch may be too small, or `axis_name` not bound.
     y = x if note.refusal == BY_BATCH else call(x, *args, **kwargs)
-    return mark(y, (note, True))
+    return mark(y, array, (note, True))
 
 
 def _norm(norm: Any, ndim: int, use_running_average: Any = None, *, mask: Any = None):
@@ -206,7 +206,7 @@ class _Program:
         name, params = equation.primitive.name, equation.params
         if equation.primitive is MARK:
             call, is_end = params["note"]
-            return [self._mark(call, is_end, operands[0])]
+            return [self._mark(call, is_end, *operands)]
         if name in COPIES or (name == "convert_element_type" and _keeps_kind(equation)):
             return operands
         values = jax.tree.leaves(list(params.values()))
@@ -218,10 +218,13 @@ class _Program:
             self.add(source, f"`{name}`")  # a module may have that name
         return []
 
-    def _mark(self, call: Call, is_end: bool, source: Source) -> Source:
+    def _mark(self, call: Call, is_end: bool, source: Source, array: Source) -> Source:
         if is_end:
-            self.inside = None
-            return call.path
+            path, self.inside = self.inside, None
+            return path
+        # nn.jit uses the trace of one module, and so its path, for another as well.
+        if isinstance(array, tuple):
+            call = call._replace(path="/".join(array[1:-1]))
         self.inside = call.path
         if self.calls.setdefault(call.path, call) != call:
             refusal = "it is called in different ways"

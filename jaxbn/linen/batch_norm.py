@@ -134,7 +134,7 @@ class BatchNorm(BatchNormBase, nn.Module):
                 `jaxbn.batch_norm`.
             TypeError: `use_running_average` is traced, or as for `jaxbn.batch_norm`.
         """
-        return _normalized(self, self, x, use_running_average, mask=mask)
+        return normalized(self, self, x, use_running_average, mask=mask)
 
 
 class BatchRenorm(BatchRenormBase, BatchNorm):
@@ -197,13 +197,13 @@ def compute_as_ours(
         elif last.func is _FLAX_CALL:
             fields = {name: getattr(module, name) for name in _FLAX_FIELDS}
             norm = BatchNorm(**fields | dict(CHANGES.value or ()), parent=None)
-            ours = functools.partial(_normalized, module, norm)
+            ours = functools.partial(normalized, module, norm)
             last.__setstate__((ours, (), {}, None))
     return method(*args, **kwargs)
 
 
 # Not methods: Flax would record each call of them, as of a layer.
-def _normalized(
+def normalized(
     module: nn.Module,
     norm: BatchNorm,
     x: ArrayLike,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import unwrap
 from typing import Any, cast
@@ -10,20 +11,27 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import DenyList
+from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
 from jaxbn._checks import check_instance
 from jaxbn._fold_tree import Pair, Path, paths_in
 from jaxbn._models.measure import PyTree
 from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
-from jaxbn._models.rules import BatchNormBase, result_dtype
+from jaxbn._models.rules import result_dtype
+from jaxbn.linen.batch_norm import BatchNorm, normalized
 
 # What a module's call is, whatever transforms its class.
 LAYERS: list[Any] = [
     unwrap(layer.__call__)
     for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
 ]
-NORM = unwrap(nn.BatchNorm.__call__)
+# That of Flax's batch norm, of ours, and of Flax's in `replace_batch_norm`.
+NORMS: list[Any] = [
+    unwrap(nn.BatchNorm.__call__),
+    unwrap(BatchNorm.__call__),
+    normalized,
+]
 
 # Part of the key of jit's caches, so that traces made inside these contexts are not
 # used outside, and the other way round. Each new one would trace everything anew.
@@ -110,8 +118,8 @@ def folded(pairs: Iterable[Pair]) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: In the context, a model was called that does not call all modules
-            in `pairs`, or with variables that are not folded.
+        ValueError: In the context, a model is called whose variables are not folded,
+            or lack a layer that `pairs` names.
         TypeError: `pairs` does not hold paths.
 
     Examples:
@@ -126,36 +134,29 @@ def folded(pairs: Iterable[Pair]) -> Iterator[None]:
         >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
         True
     """
-    paths = frozenset(paths_in(pairs))
-    called = _called(paths)
-    skip = functools.partial(_skip, paths, called)
-    with nn.intercept_methods(skip), _TRACES(paths):
+    named = paths_in(pairs)
+    skip = functools.partial(_skip, named, frozenset(itertools.chain(*named)))
+    with nn.intercept_methods(skip), _TRACES(tuple(named)):
         yield
-    if called and called != paths:
-        words = ", ".join(sorted("/".join(path) for path in paths - called))
-        raise ValueError(
-            f"`pairs` must name modules that the model calls; it did not call {words}"
-        )
 
 
-@functools.cache
-def _called(paths: frozenset[Path]) -> set[Path]:
-    """Return the set of those of `paths` that were called.
-
-    One for all contexts with these paths, since a jitted function is traced only once.
-    """
-    return set()
+def _check_layers(named: Sequence[Sequence[Path]], params: Mapping[str, Any]) -> None:
+    """Refuse a model's parameters that lack the layer of a pair in `named`."""
+    there = flatten_dict(params)
+    for pair in named:
+        if not any((*path, "kernel") in there for path in pair):
+            words = " and ".join(repr("/".join(path)) for path in pair)
+            raise ValueError(f"`pairs` must name a layer of the model; got {words}")
 
 
 def _kind(context: nn.module.InterceptorContext) -> bool | None:
     """Return whether the method is the call of a batch norm; None if of no layer."""
     method, module = cast(Any, context.orig_method).func, context.module
+    method = getattr(method, "func", method)
     # Weight standardization overrides `param`, and has another kernel than it holds.
     if method in LAYERS and type(module).param is nn.Module.param:
         return False
-    is_ours = isinstance(module, BatchNormBase) and method.__name__ == "__call__"
-    is_ours = is_ours and method.__module__.startswith("jaxbn.")
-    return True if is_ours or method is NORM else None
+    return True if method in NORMS else None
 
 
 def _mark(
@@ -174,17 +175,19 @@ def _mark(
 
 
 def _skip(
+    named: Sequence[Sequence[Path]],
     paths: frozenset[Path],
-    called: set[Path],
     method: Callable[..., jax.Array],
     args: Sequence[ArrayLike],
     kwargs: Mapping[str, object],
     context: nn.module.InterceptorContext,
 ) -> jax.Array:
     is_norm, module = _kind(context), cast(Any, context.module)
+    is_whole = not module.path and context.method_name == "__call__"
+    if is_whole and not module.is_initializing():
+        _check_layers(named, module.variables.get("params", {}))
     if is_norm is None or not args or module.path not in paths:
         return method(*args, **kwargs)
-    called.add(module.path)
     # A batch norm that is not folded has a mean; a folded layer has a bias.
     array = ("batch_stats", "mean") if is_norm else ("params", "bias")
     if module.has_variable(*array) == is_norm:

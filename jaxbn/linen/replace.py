@@ -10,6 +10,9 @@ from jaxbn import _checks
 from jaxbn._models.rules import BatchNormBase
 from jaxbn.linen.batch_norm import CHANGES, BatchNorm, compute_as_ours
 
+# The changes of contexts in which a batch norm was called.
+_FOUND: set[Any] = set()
+
 
 @contextlib.contextmanager
 def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
@@ -73,15 +76,20 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
 
     def look(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal called, found
-        called = True
-        # A transform, such as nn.jit, may have traced what it calls before.
-        found |= hasattr(context.orig_method.func, "__wrapped__")
-        found |= isinstance(context.module, nn.BatchNorm | BatchNormBase)
+        module = context.module
+        if module.scope is not None and not module.is_initializing():
+            called = True
+            # A norm may be hidden in what nn.jit has traced before.
+            found |= "batch_stats" in module.variables
+        found |= isinstance(module, nn.BatchNorm | BatchNormBase)
         return compute_as_ours(method, args, kwargs, context)
 
-    with CHANGES(tuple(sorted(token.items()))), nn.intercept_methods(look):
+    key = tuple(sorted(token.items()))
+    with CHANGES(key), nn.intercept_methods(look):
         yield
-    if called and not found:
+    if found:
+        _FOUND.add(key)
+    elif called and key not in _FOUND:  # or a function that was jitted hides them
         raise ValueError(
             "`replace_batch_norm` must be around calls of a flax.linen.BatchNorm; got "
             "a model without (if a jitted function hides them, enter it in there)"

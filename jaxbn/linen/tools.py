@@ -225,6 +225,11 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
 
     with nn.intercept_methods(note):
         variables = jax.eval_shape(init)
+    # nn.jit uses one trace for several modules, of which only the first was noted.
+    stats = flatten_dict(variables.get("batch_stats", {}))
+    for *path, name in stats:
+        if name == "var" and (*path, "mean") in stats:
+            decayed_not.update({(*path, "scale"), (*path, "bias")})
     params = flatten_dict(variables.get("params", {}))
     return unflatten_dict({path: path not in decayed_not for path in params})
 
@@ -252,10 +257,9 @@ class _LinenModel:
                 variables, *args, mutable=all_but("params"), **kwargs
             )
         flat = _flattened(updates.get("batch_stats", {}))
-        return {
-            path: Moments(*(flat[*path, name] for name in RECORDED))
-            for path, _ in recording.called
-        }
+        # Not by `recording.called`: nn.jit uses one trace for several modules.
+        paths = [path[:-1] for path in flat if path[-1] == RECORDED[0]]
+        return {p: Moments(*(flat[*p, name] for name in RECORDED)) for p in paths}
 
     def replace(self, variables: PyTree, new: dict[Path, Moments]) -> dict[str, Any]:
         """Return `variables` with the running statistics of the layers in `new`."""

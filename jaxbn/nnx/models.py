@@ -82,6 +82,11 @@ def as_ours(norm: nnx.BatchNorm, cls: type[Any], **changes: Any) -> Any:
     for name, value in (settings | changes).items():
         setattr(new, name, value)
     if new._keeps_count():
-        stack = norm.mean.shape[:-1]
+        *stack, last = norm.mean.shape
+        if last != norm.num_features:
+            raise ValueError(
+                "`momentum=None` and `debias` need stacked layers on the first axes of "
+                f"a mean with {norm.num_features} features; got shape {norm.mean.shape}"
+            )
         new.num_updates = nnx.BatchStat(jnp.zeros(stack, jnp.int32))
     return new

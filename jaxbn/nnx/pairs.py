@@ -1,6 +1,7 @@
 """NNX models with batch norms that are folded, and with weights of PyTorch."""
 
 import functools
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -113,7 +114,7 @@ def fold(model: Model, pairs: Iterable[Pair], *, epsilon: float = 1e-5) -> Model
     modules = _modules(model)
     arrays = flatten_dict(tree.get("params", {}))
     made: dict[int, nnx.Module] = {}
-    for path in paths_in(pairs):
+    for path in itertools.chain(*paths_in(pairs)):
         module = modules[path]
         if (*path, "kernel") not in arrays:
             made[id(module)] = _identity(module)

@@ -521,7 +521,7 @@ def test_bad_input():
         model.apply(variables, x)
     uncalled = [*pairs, ("Dense_7", "BatchNorm_7")]
     folding = folded(uncalled)
-    with pytest.raises(ValueError, match="did not call BatchNorm_7, Dense_7"), folding:
+    with pytest.raises(ValueError, match=r"a layer of .*Dense_7"), folding:
         model.apply(jaxbn.fold_tree(variables, pairs), x)
     with pytest.raises(ValueError, match=r"pairs.*Dense_7"):
         jaxbn.fold_tree(variables, uncalled)
