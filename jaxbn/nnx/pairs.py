@@ -213,6 +213,8 @@ def _marking(cls: Any) -> Any:
             if not args:
                 return super().__call__(**kwargs)
             array = self.mean[...] if is_norm else self.kernel[...]
+            # Not itself, which other modules may share: here the path is right.
+            array = jnp.zeros_like(array)
             path, call = self.path_in_model, super().__call__
             return marked(call, self, path, is_norm, array, *args, **kwargs)
 

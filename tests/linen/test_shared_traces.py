@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -88,16 +87,6 @@ def test_pairs_of_what_is_replaced():
 def test_replace_finds_what_was_traced_before():
     model = nn.jit(Block)()
     variables = model.init(jax.random.key(1), X)
-    other = nn.Dense(3)
-    kernel = other.init(jax.random.key(1), X)
-
-    @jax.jit
-    def hidden(variables):
-        return model.apply(variables, X, mutable=["batch_stats"])[0]
-
     for _ in range(2):
         with replace_batch_norm(momentum=0.25):
             model.apply(variables, X, mutable=["batch_stats"])
-        with replace_batch_norm(momentum=0.75):
-            y = hidden(variables)
-            assert jnp.isfinite(other.apply(kernel, y)).all()
