@@ -77,11 +77,12 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
     def look(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal called, found
         module = context.module
-        variables = {} if module.scope is None else module.variables
-        called |= bool(variables)
-        # A norm may be hidden in what nn.jit has traced before.
-        found |= "batch_stats" in variables
-        found |= isinstance(module, nn.BatchNorm | BatchNormBase)
+        if not found:  # `variables` is a copy, made anew
+            variables = {} if module.scope is None else module.variables
+            called |= bool(variables)
+            # A norm may be hidden in what nn.jit has traced before.
+            found = "batch_stats" in variables
+            found |= isinstance(module, nn.BatchNorm | BatchNormBase)
         return compute_as_ours(method, args, kwargs, context)
 
     with CHANGES(tuple(sorted(token.items()))), nn.intercept_methods(look):

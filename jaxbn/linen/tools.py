@@ -185,8 +185,8 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
 
     Decay there would pull at the outputs, while the kernel before a batch norm may be
     of any size without a change in them. The batch norms are found by running the
-    model on shapes, and by their class, which is jaxbn's or `flax.linen.BatchNorm`;
-    names do not matter.
+    model on shapes, and by their class, which is jaxbn's or `flax.linen.BatchNorm`, or
+    by a `mean` and a `var` in `batch_stats`. Names of modules do not matter.
 
     Args:
         model: A Linen module.
