@@ -44,7 +44,7 @@ def check_mapping(name: str, value: object) -> None:
             )
 
 
-def check_changes(changes: Mapping[str, Any], known: Set[str], words: str) -> None:
+def check_changes(changes: Mapping[str, object], known: Set[str], words: str) -> None:
     """Refuse changes to what is not `known`; `words` name that."""
     unknown = [name for name in changes if name not in known]
     if unknown:
@@ -58,7 +58,7 @@ def check_iterable(name: str, value: object, of: str) -> None:
         raise TypeError(f"`{name}` must be an iterable of {of}; got {kind(value)}")
 
 
-def check_variables(variables: Mapping[str, Any], *collections: str) -> None:
+def check_variables(variables: Mapping[str, object], *collections: str) -> None:
     """Refuse what is not Flax variables with one of the `collections`."""
     check_mapping("variables", variables)
     if not set(collections) & set(variables):

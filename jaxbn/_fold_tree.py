@@ -15,7 +15,7 @@ from jaxbn._fold import fold, fold_before
 
 Path = tuple[str, ...]
 ModulePath = str | Sequence[str]
-Options = Mapping[str, Any]
+Options = Mapping[str, object]
 Pair = tuple[ModulePath, ModulePath] | tuple[ModulePath, ModulePath, Options]
 Tree = dict[str, Any]
 LAYER, NORM = "layer", "batch norm"
@@ -35,7 +35,7 @@ class _Pair(NamedTuple):
 
 
 def fold_tree(
-    variables: Mapping[str, Any], pairs: Iterable[Pair], *, epsilon: float = 1e-5
+    variables: Mapping[str, object], pairs: Iterable[Pair], *, epsilon: float = 1e-5
 ) -> Tree:
     """Return variables of a Flax model without the batch norms that `pairs` name.
 
@@ -118,7 +118,7 @@ def fold_tree(
     return tree
 
 
-def _copied(tree: Mapping[str, Any]) -> Tree:
+def _copied(tree: Mapping[str, object]) -> Tree:
     """Return the tree with new dictionaries and the same arrays."""
     return {
         name: _copied(value) if isinstance(value, Mapping) else value

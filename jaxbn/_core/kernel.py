@@ -32,7 +32,6 @@ operands through a fusion barrier (`platforms.barrier_on_cpu`).
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +93,7 @@ class Cache:
     mask: jax.Array | None
     moments: SplitMoments
     axis_index: jax.Array | None
-    bias_dtype: Any = dataclasses.field(metadata={"static": True})
+    bias_dtype: DTypeLike | None = dataclasses.field(metadata={"static": True})
     config: Config = dataclasses.field(metadata={"static": True})
 
 

@@ -10,13 +10,16 @@ vmap over a shard_map with `spmd_axis_name`, their results no longer vary over t
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Jaxpr as Jaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Primitive
+from jax.extend.core import Var as Var
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
@@ -110,7 +113,9 @@ mlir.register_lowering(_pair_sum, mlir.lower_fun(_sum_each))
 mlir.register_lowering(_pair_sum, mlir.lower_fun(_sum_as_complex), platform="gpu")
 
 
-def guess_on_tpu(way: Callable[..., Any], *args: Any) -> list[jax.Array]:
+def guess_on_tpu(
+    way: Callable[..., Sequence[jax.Array]], *args: jax.Array | None
+) -> list[jax.Array]:
     """Return shift, offset and var of x by way(x, None, *others): `args` has a guess.
 
     On a TPU take way(x, guess, *others) if each |offset| there is at most 1.5 std: XLA
@@ -173,7 +178,7 @@ def traced_only(y: jax.Array, error: Exception) -> jax.Array:
     return _traced_only.bind(y, error=error)
 
 
-def _fail(*_: Any, error: Exception) -> Any:
+def _fail(*_: object, error: Exception) -> NoReturn:
     raise error
 
 
@@ -189,7 +194,7 @@ batching.primitive_batchers[_traced_only] = lambda arrays, axes, *, error: (
 mlir.register_lowering(_traced_only, _fail)
 
 
-def mark(x: jax.Array, array: jax.Array, note: Any) -> jax.Array:
+def mark(x: jax.Array, array: jax.Array, note: Hashable) -> jax.Array:
     """Return x, by an equation of primitive `MARK` in a jaxpr that carries `note`.
 
     `array` is an operand as well, so that a walk over the jaxpr sees which one it is.

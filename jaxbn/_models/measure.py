@@ -5,7 +5,13 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from typing import Any, Protocol
 
 import jax
@@ -22,7 +28,7 @@ Path = tuple[Any, ...]
 # Of arrays: the variables of a model, or a batch.
 PyTree = Any
 # Further arguments of a model.
-Kwargs = Mapping[str, Any]
+Kwargs = Mapping[str, PyTree]
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,7 +199,9 @@ class _Layer:
 
 
 # The compiled passes of each model that is alive, by all that they depend on.
-_PASSES: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_PASSES: weakref.WeakKeyDictionary[object, dict[Hashable, Any]] = (
+    weakref.WeakKeyDictionary()
+)
 
 _ARRAYS = (jax.Array, np.ndarray)
 # Not functions, which may hold the model, or arrays that change.
@@ -226,7 +234,7 @@ def _holds_only(tree: PyTree, types: tuple[type, ...]) -> bool:
 
 def _record(
     call: Callable[..., dict[Path, Moments]],
-    definition: Any,
+    definition: Hashable,
     sequential: bool,
     static: Kwargs,
     traced: Kwargs,

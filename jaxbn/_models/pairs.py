@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxbn._axes import feature_axes, is_int
 from jaxbn._checks import as_array
-from jaxbn._core.platforms import MARK, mark
+from jaxbn._core.platforms import MARK, Jaxpr, JaxprEqn, Var, mark
 from jaxbn._fold_tree import fold_tree
 from jaxbn._models.measure import PyTree
 
@@ -69,7 +69,7 @@ class Call(NamedTuple):
 
 
 def marked(
-    call: Callable[..., Any],
+    call: Callable[..., jax.Array],
     module: Any,
     path: str,
     is_norm: bool,
@@ -95,7 +95,13 @@ def marked(
     return mark(y, array, (note, True))
 
 
-def _norm(norm: Any, ndim: int, use_running_average: Any = None, *, mask: Any = None):
+def _norm(
+    norm: Any,
+    ndim: int,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+):
     if use_running_average is None:
         use_running_average = norm.use_running_average
     refusal = "" if mask is None else "it is called with a mask"
@@ -187,22 +193,22 @@ class _Program:
         if source is not None:
             self.users[source][self.inside or user] = None
 
-    def walk(self, jaxpr: Any, sources: Sequence[Source]) -> list[Source]:
+    def walk(self, jaxpr: Jaxpr, sources: Sequence[Source]) -> list[Source]:
         """Note all uses in a program whose first inputs are `sources`.
 
         Return what its results are.
         """
         known = dict(zip(jaxpr.invars, sources, strict=False))
 
-        def read(variables: Sequence[Any]) -> list[Source]:
-            return [None if hasattr(v, "val") else known.get(v) for v in variables]
+        def read(variables: Sequence[object]) -> list[Source]:
+            return [known.get(v) if isinstance(v, Var) else None for v in variables]
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, read(equation.invars))
             known.update(zip(equation.outvars, results, strict=False))
         return read(jaxpr.outvars)
 
-    def _equation(self, equation: Any, operands: list[Source]) -> list[Source]:
+    def _equation(self, equation: JaxprEqn, operands: list[Source]) -> list[Source]:
         name, params = equation.primitive.name, equation.params
         if equation.primitive is MARK:
             call, is_end = params["note"]

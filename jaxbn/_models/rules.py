@@ -146,7 +146,7 @@ def broadcast_mask(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
 
-def keep_dtypes(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+def keep_dtypes(arrays: Any, /, *, dtype: object = None, inexact: bool = True) -> Any:
     """Return `arrays`: a `promote_dtype` for NNX, which has nothing to do here."""
     del dtype, inexact
     return arrays

@@ -1,7 +1,6 @@
 """Haiku's batch norm, by the names in its dictionaries of parameters and state."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +72,7 @@ def to_haiku(
     *,
     decay_rate: float,
     name: str = "batch_norm",
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, object], dict[str, object]]:
     """Return Haiku's parameters and state with a batch norm of jaxbn put in.
 
     Args:

@@ -1,7 +1,5 @@
 """Keras's batch norm, by the attributes of the layer."""
 
-from typing import Any
-
 import numpy as np
 
 from jaxbn._core.normalize import Params
@@ -11,7 +9,7 @@ from jaxbn.convert.arrays import from_layer, to_layer
 WORDS = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
-def from_keras(layer: Any) -> tuple[Params, State]:
+def from_keras(layer: object) -> tuple[Params, State]:
     """Return the parameters and statistics of a `keras.layers.BatchNormalization`.
 
     Keras's `momentum` means the same as in jaxbn, and both keep the biased variance.
@@ -73,7 +71,7 @@ def to_keras(params: Params, state: State) -> list[np.ndarray]:
     return list(from_layer(params, state, WORDS).values())
 
 
-def _value(variable: Any) -> Any:
+def _value(variable: object) -> object:
     """Return what a Keras variable holds; converting the variable warns in NumPy 2."""
     value = getattr(variable, "value", variable)
     return variable if callable(value) else value  # `value` is a method in Keras 2

@@ -37,7 +37,7 @@ COLLECTIONS = ("params", "batch_stats")
 # Where an array is in Flax's variables: its collection, its modules, its own name.
 Keys = tuple[str, ...]
 
-Variables = TypeVar("Variables", bound=Mapping[str, Any])
+Variables = TypeVar("Variables", bound=Mapping[str, object])
 
 
 def from_torch(
@@ -136,8 +136,8 @@ def load_torch(
 
     Batch norms, layer norms and group norms are converted, Linear to Dense, Embedding
     to Embed, and Conv of any rank, groups and dilation: kernels go from
-    (out, in, *space) to (*space, in, out). Any other array is copied if both libraries
-    give it the same name.
+    (out, in, *space) to (*space, in, out). Other arrays are copied if both libraries
+    give them the same name.
 
     Limits:
         * Before a Dense that follows a flattening, flatten in PyTorch's order, channels

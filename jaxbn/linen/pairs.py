@@ -38,7 +38,7 @@ NORMS: list[Any] = [
 _TRACES = jax.make_user_context()
 
 
-def find_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> Pairs:
+def find_pairs(model: nn.Module, *args: object, **kwargs: object) -> Pairs:
     """Return the batch norms of a Linen model that can be folded, with their layers.
 
     A batch norm can be folded into the one layer that it follows, if the layer's output
@@ -140,7 +140,9 @@ def folded(pairs: Iterable[Pair]) -> Iterator[None]:
         yield
 
 
-def _check_layers(named: Sequence[Sequence[Path]], params: Mapping[str, Any]) -> None:
+def _check_layers(
+    named: Sequence[Sequence[Path]], params: Mapping[str, PyTree]
+) -> None:
     """Refuse a model's parameters that lack the layer of a pair in `named`."""
     there = flatten_dict(params)
     for pair in named:

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, Never
+from typing import Never
 
 from flax import linen as nn
 
@@ -13,7 +13,7 @@ from jaxbn.linen.batch_norm import CHANGES, BatchNorm, compute_as_ours
 
 
 @contextlib.contextmanager
-def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
+def replace_batch_norm(*model: Never, **changes: object) -> Iterator[None]:
     """Let every `flax.linen.BatchNorm` compute as `BatchNorm`: a context around a call.
 
     For a model whose code is not yours: variables, their names and so checkpoints stay
@@ -74,7 +74,7 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
             ) from None
     called = found = False
 
-    def look(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def look(method, args, kwargs, context: nn.module.InterceptorContext):
         nonlocal called, found
         module = context.module
         if not found:  # `variables` is a copy, made anew
@@ -95,5 +95,5 @@ def replace_batch_norm(*model: Never, **changes: Any) -> Iterator[None]:
         )
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

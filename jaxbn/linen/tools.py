@@ -25,7 +25,7 @@ from jaxbn._models.rules import BatchNormBase
 from jaxbn.linen.batch_norm import compute_as_ours
 from jaxbn.linen.recording import RECORDED, activate
 
-Variables = Mapping[str, Any]
+Variables = Mapping[str, PyTree]
 
 _CALLS = itertools.count()
 
@@ -37,8 +37,8 @@ def recalibrate(
     *,
     sequential: bool = False,
     progress: bool = False,
-    **apply_kwargs: Any,
-) -> dict[str, Any]:
+    **apply_kwargs: object,
+) -> dict[str, PyTree]:
     """Return variables whose running statistics are those of given data.
 
     After training, the running statistics describe a moving target; after averaging
@@ -113,7 +113,7 @@ def inspect_statistics(
     batches: Iterable[PyTree] | None = None,
     *,
     epsilon: float = EPSILON,
-    **apply_kwargs: Any,
+    **apply_kwargs: object,
 ) -> list[LayerStatistics]:
     """Examine every batch norm of a Linen model; data tells which one is spoiled.
 
@@ -180,7 +180,7 @@ def inspect_statistics(
     return inspected(layers, adapter, variables, batches, apply_kwargs)
 
 
-def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, PyTree]:
     """Return which parameters of a Linen model to decay: all but those of batch norms.
 
     Decay there would pull at the outputs, while the kernel before a batch norm may be
@@ -213,7 +213,7 @@ def weight_decay_mask(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, 
     check_module(model)
     decayed_not: set[Path] = set()
 
-    def note(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def note(method, args, kwargs, context: nn.module.InterceptorContext):
         if issubclass(type(context.module), nn.BatchNorm | BatchNormBase):
             path = context.module.path
             decayed_not.update({(*path, "scale"), (*path, "bias")})
@@ -261,7 +261,7 @@ class _LinenModel:
         paths = [path[:-1] for path in flat if path[-1] == RECORDED[0]]
         return {p: Moments(*(flat[*p, name] for name in RECORDED)) for p in paths}
 
-    def replace(self, variables: PyTree, new: dict[Path, Moments]) -> dict[str, Any]:
+    def replace(self, variables: PyTree, new: dict[Path, Moments]) -> dict[str, PyTree]:
         """Return `variables` with the running statistics of the layers in `new`."""
         flat = _flattened(variables["batch_stats"])
         for path, moments in new.items():
@@ -287,7 +287,7 @@ def all_but(*collections: str) -> DenyList:
     return DenyList((*collections, f"jaxbn_{next(_CALLS)}"))
 
 
-def _flat(variables: Variables, name: str) -> dict[Path, Any]:
+def _flat(variables: Variables, name: str) -> dict[Path, PyTree]:
     tree = variables.get(name, {})
     _checks.check_instance(
         f"variables[{name!r}]", tree, (dict, FrozenDict), "a dictionary"
@@ -295,5 +295,5 @@ def _flat(variables: Variables, name: str) -> dict[Path, Any]:
     return _flattened(tree)
 
 
-def _flattened(tree: Any) -> dict[Path, Any]:
+def _flattened(tree: PyTree) -> dict[Path, PyTree]:
     return dict(flatten_dict(tree))

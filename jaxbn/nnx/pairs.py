@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 Tree = dict[str, Any]
 
 
-def find_pairs(model: nnx.Module, *args: Any, **kwargs: Any) -> Pairs:
+def find_pairs(model: nnx.Module, *args: object, **kwargs: object) -> Pairs:
     """Return the batch norms of an NNX model that can be folded, with their layers.
 
     As `jaxbn.linen.find_pairs`, for `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv`,
@@ -173,7 +173,7 @@ class Identity(nnx.Module):
         self.dtype = dtype
         self.param_dtypes = param_dtypes
 
-    def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, x: ArrayLike, *args: object, **kwargs: object) -> jax.Array:
         """Return x; further arguments are those of a batch norm."""
         x = jnp.asarray(x)
         return x.astype(result_dtype(self.dtype, x, self.param_dtypes))
@@ -187,7 +187,7 @@ class Identity(nnx.Module):
         """
 
 
-def _is_norm(cls: Any) -> bool:
+def _is_norm(cls: type) -> bool:
     """Whether a class is called as Flax's batch norm or ours, not as an heir."""
     is_ours = issubclass(cls, BatchNormBase)
     is_ours = is_ours and cls.__call__.__module__.startswith("jaxbn.")
@@ -209,7 +209,7 @@ def _marking(cls: Any) -> Any:
     is_norm = _is_norm(cls)
 
     class Marking(cls):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def __call__(self, *args: Any, **kwargs: object) -> jax.Array:
             if not args:
                 return super().__call__(**kwargs)
             array = self.mean[...] if is_norm else self.kernel[...]
@@ -221,7 +221,7 @@ def _marking(cls: Any) -> Any:
     return Marking
 
 
-def _collection(variable: Any) -> str:
+def _collection(variable: object) -> str:
     named = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
     return next((n for n, kind in named.items() if isinstance(variable, kind)), "")
 

@@ -1,7 +1,6 @@
 """Into NNX models that others wrote: Flax's batch norms become ours."""
 
 from collections.abc import Callable
-from typing import Any
 
 from flax import nnx
 
@@ -19,7 +18,7 @@ def replace_batch_norm(
     model: nnx.Module,
     *,
     make: Callable[[nnx.BatchNorm], nnx.Module] | None = None,
-    **changes: Any,
+    **changes: object,
 ) -> list[Path]:
     """Put a `BatchNorm` in the place of every `flax.nnx.BatchNorm` of a model.
 

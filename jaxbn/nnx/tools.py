@@ -27,7 +27,7 @@ def recalibrate(
     *,
     sequential: bool = False,
     progress: bool = False,
-    **call_kwargs: Any,
+    **call_kwargs: object,
 ) -> None:
     """Replace the running statistics of an NNX model by those of given data.
 
@@ -79,7 +79,7 @@ def recalibrate(
 
 
 def inspect_statistics(
-    model: nnx.Module, batches: Iterable[PyTree] | None = None, **call_kwargs: Any
+    model: nnx.Module, batches: Iterable[PyTree] | None = None, **call_kwargs: object
 ) -> list[LayerStatistics]:
     """Examine every batch norm of an NNX model; data tells which one is spoiled.
 
@@ -125,7 +125,7 @@ def inspect_statistics(
 
 
 def weight_decay_mask(
-    model: nnx.Module, *, wrt: Any = nnx.Param
+    model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param
 ) -> nnx.State[Any, Any]:
     """Return which parameters of an NNX model to decay: all but those of batch norms.
 
