@@ -295,8 +295,9 @@ def _count(x: jax.Array, mask: jax.Array | None, features: Features) -> jax.Arra
     if mask is None:
         return jnp.full((), math.prod(x.shape[i] for i in reduced), dtype)
     repeated = [x.shape[i] for i in reduced if mask.shape[i] != x.shape[i]]
-    # In int32: a float32 sum of ones stops growing at 2**24.
-    count = mask.sum(reduced, dtype=jnp.int32).astype(dtype) * math.prod(repeated)
+    # Not in float32, in which a sum of ones stops growing at 2**24.
+    count = mask.astype(jnp.uint32).sum(reduced, dtype=jnp.uint32)
+    count = count.astype(dtype) * math.prod(repeated)
     if all(n == 1 for n in count.shape):
         return count.reshape(())
     return jnp.broadcast_to(count, [x.shape[i] for i in features])

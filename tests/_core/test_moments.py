@@ -6,6 +6,7 @@ another value than the next (`jaxbn._core.moments`, last paragraph).
 """
 
 import functools
+import re
 
 import jax
 import jax.export
@@ -32,6 +33,13 @@ def test_equals_the_oracle(case, dtype):
     assert {v.dtype for v in got} == {jnp.dtype(jnp.float32)}
     assert_close(got.mean, mean, jnp.float32, n.max(initial=1))
     assert_close(got.var, var, jnp.float32, n.max(initial=1))
+
+
+def test_a_mask_may_count_4_billion():
+    x = jax.ShapeDtypeStruct((2**31, 3), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct(x.shape, bool)
+    moments = jax.make_jaxpr(lambda x, mask: jaxbn.batch_moments(x, mask=mask))
+    assert re.findall(r":([ui]\d+)\[3\] = reduce_sum", str(moments(x, mask))) == ["u32"]
 
 
 def test_float64_and_complex():
