@@ -36,6 +36,7 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name)
 def test_blocks_run(path, tmp_path):
     """In a process of their own, as a reader would, in JAX's default configuration."""

@@ -211,6 +211,7 @@ def branches(f, *args):
     return jax.jit(f).lower(*args).as_text().count("stablehlo.case")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stds", [(0, 0.5), (0, 100)])
 @pytest.mark.parametrize("axes", [(0, 0, 0, 0), (2, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("twice", [False, True])
@@ -293,6 +294,7 @@ def test_no_branch_by_a_mean_that_varies_where_x_does_not(forced):
     assert max(errors(jax.jit(f)(*args), *args[:3])[1:]) <= 4e-6
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(None, "model")])
 @pytest.mark.parametrize("stds", [0, 100])

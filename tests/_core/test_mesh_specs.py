@@ -26,6 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 
+pytestmark = pytest.mark.exhaustive
+
 SHAPE = {"data": 4, "model": 2}
 SPECS = [(None, None), ("data", None), (None, "model"), ("data", "model")]
 COMBINATIONS = list(itertools.product(SPECS, SPECS))

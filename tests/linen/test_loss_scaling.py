@@ -10,6 +10,8 @@ from flax.training.dynamic_scale import DynamicScale
 
 from jaxbn.linen import BatchNorm, BatchRenorm
 
+pytestmark = pytest.mark.exhaustive
+
 ROWS, WIDTH, MOMENTUM = 32, 4, 0.75
 # In float16 the loss of `step` has gradients that overflow above about 2^16.
 HUGE_SCALE = 2.0**24
