@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-from pathlib import Path
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbn
 from jaxbn.cli import common
+from jaxbn.cli.bench import report
 
 DESCRIPTION = """\
 Compute batch norms on the devices at hand, and the same in float64 NumPy on the host:
@@ -33,31 +34,18 @@ flag or file; 130 after Ctrl-C
 
 ROWS, FEATURES, EPSILON = 64, 16, 1e-5
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64")
-QUANTITIES: tuple[str, ...] = (
-    "y",
-    "y, inference",
-    "mean",
-    "var",
-    "dx",
-    "dscale",
-    "dbias",
-)
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "y": QUANTITIES[:2],
-    "stats": QUANTITIES[2:4],
-    "gradients": QUANTITIES[4:],
+COLUMNS = {
+    "y": ("y", "y, inference"),
+    "stats": ("mean", "var"),
+    "gradients": ("dx", "dscale", "dbias"),
 }
+QUANTITIES = [*itertools.chain(*COLUMNS.values())]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
-    devices, file = (
-        "check the CPU, as N virtual devices",
-        "also write all figures there",
-    )
-    natural = common.integer_from(1)
-    parser.add_argument("--devices", type=natural, metavar="N", help=devices)
-    parser.add_argument("--json", type=Path, metavar="FILE", help=file)
+    parser.add_number("--devices", "check the CPU, as N virtual devices")
+    parser.add_file("--json", "also write all figures there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,52 +57,45 @@ def run(args: argparse.Namespace) -> int:
         common.virtual_devices(args.devices)
         jax.config.update("jax_platforms", "cpu")  # where there is a GPU, too
 
-    from rich.table import Table
-
-    from jaxbn.cli.bench import report
-
     out, machine = common.console(), report.machine(["numpy"])
     out.print(report.machine_line(machine))
     chosen = cases(jax.device_count())
     rows: list[dict[str, Any]] = []
+    title, headings = "relative errors", ("dtype", "case", *COLUMNS, "may be", "")
+    table = common.table(*headings, words=2, title=title)
     with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
         task = bar.add_task("checking", total=len(chosen), seen="")
         for case in chosen:
             if interrupted():
                 raise KeyboardInterrupt
-            bar.update(task, seen=f"{case.dtype}, {case.name}")
+            name = f"{case.dtype}, {case.name}"
+            bar.update(task, seen=name)
             try:
                 found = errors(case)
             except Exception as error:  # what this backend cannot compile, say
                 found = dict.fromkeys(QUANTITIES, float("inf"))
                 line = f"{type(error).__name__}: {error}".splitlines()[0]
-                out.print(f"{case.dtype}, {case.name}: {line}")
-            failed = [name for name in found if found[name] > case.tolerance]
+                out.print(f"{name}: {line}")
+            failed = [each for each in found if found[each] > case.tolerance]
+            for each in failed:
+                off = f"off by {found[each]:.0e}, may be {case.tolerance:.0e}"
+                out.print(f"FAILED: {name}: {each} is {off}")
+            worst = [max(map(found.__getitem__, each)) for each in COLUMNS.values()]
+            cells = [f"{error:.0e}" for error in (*worst, case.tolerance)]
+            verdict, style = ("no", "bold red") if failed else ("ok", "")
+            table.add_row(case.dtype, case.name, *cells, verdict, style=style)
             row: dict[str, Any] = {"dtype": case.dtype, "case": case.name}
             row |= {"tolerance": case.tolerance, "errors": found, "failed": failed}
             rows.append(row)
             bar.advance(task)
-
-    table = Table("dtype", "case", *COLUMNS, "may be", "", title="relative errors")
-    for row in rows:
-        worst = [max(row["errors"][name] for name in each) for each in COLUMNS.values()]
-        cells = [f"{error:.0e}" for error in (*worst, row["tolerance"])]
-        verdict, style = ("no", "bold red") if row["failed"] else ("ok", "")
-        table.add_row(row["dtype"], row["case"], *cells, verdict, style=style)
     out.print(table)
-    for row in rows:
-        for name in row["failed"]:
-            off = f"off by {row['errors'][name]:.0e}, may be {row['tolerance']:.0e}"
-            out.print(f"FAILED: {row['dtype']}, {row['case']}: {name} is {off}")
     if args.json:
         common.write_json(args.json, {"machine": machine, "rows": rows})
     failed = sum(bool(row["failed"]) for row in rows)
     on = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     out.print(f"{len(rows) - failed} of {len(rows)} cases are right on {on}")
     if jax.device_count() == 1:
-        out.print(
-            "(`jaxbn check --devices 8` also checks batches over several devices)"
-        )
+        out.print("(`jaxbn check --devices 8` also checks several devices)")
     return 1 if failed else 0
 
 

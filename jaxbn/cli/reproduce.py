@@ -165,16 +165,15 @@ exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctr
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
-    number = {"metavar": "N", "type": common.integer_from(1)}
     parser.add_argument("experiment", choices=[*EXPERIMENTS], help="see above")
     text = "seeds 0 to N - 1, each with its weights and batches (default: 5)"
-    parser.add_argument("--seeds", **number, default=5, help=text)
+    parser.add_number("--seeds", text, default=5)
     text = "at most so many passes over the training set, for a quick look"
-    parser.add_argument("--epochs", **number, help=text)
+    parser.add_number("--epochs", text)
     text = "where to write all figures (default: runs/reproduce/EXPERIMENT.json)"
-    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+    parser.add_file("--json", text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -237,12 +236,8 @@ def _row(variant: Variant, epoch: int, accuracies: "Accuracies") -> dict[str, An
 
 def _table(experiment: Experiment, rows: list[dict[str, Any]], seeds: int) -> Any:
     """Return a line for each row, and a section for each group."""
-    from rich.table import Table
-
-    caption = f"test accuracy in %: mean (least–greatest) of {seeds} seeds"
-    table = Table("", title=experiment.title, caption=caption, box=None)
-    for heading in Accuracies._fields:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = common.table("", *Accuracies._fields, title=experiment.title)
+    table.caption = f"test accuracy in %: mean (least–greatest) of {seeds} seeds"
     for group, members in itertools.groupby(rows, lambda row: row["variant"]["group"]):
         table.add_row(group, style="bold")
         for row in members:
@@ -317,14 +312,14 @@ def train(
     """
     import optax
 
-    from jaxbn.cli import models
+    from jaxbn.cli import models, training
     from jaxbn.linen import recalibrate
 
     def indices(epoch: int) -> np.ndarray:
         each = (batches(digits.train_labels, variant, s, epoch) for s in range(seeds))
         return np.stack([*each])
 
-    images, labels, test_images, test_labels = map(jnp.asarray, digits)
+    images, labels, *test = map(jnp.asarray, digits)
     updates = variant.epochs * indices(0).shape[1]
     model = models.MLP(norm=norm_layer(variant, updates))
     rate: Any = variant.learning_rate
@@ -333,37 +328,25 @@ def train(
     )
 
     def start(key: jax.Array) -> Any:
-        variables: Any = model.init(key, images[: variant.batch_size], train=True)
-        return variables, optimizer.init(variables["params"])
+        first = images[: variant.batch_size]
+        return training.first_state(model, optimizer, key, first)
 
-    def step(state: Any, batch: jax.Array) -> tuple[Any, None]:
-        variables, opt_state = state
-        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-
-        def mean_loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, stats = apply(variables | {"params": params}, images[batch])
-            each = optax.losses.softmax_cross_entropy_with_integer_labels
-            return each(logits, labels[batch]).mean(), stats
-
-        params = variables["params"]
-        grads, stats = jax.grad(mean_loss, has_aux=True)(params)
-        changes, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, changes)
-        return ({"params": params, **stats}, opt_state), None
+    def step(state: Any, batch: jax.Array) -> Any:
+        pairs = images[batch], labels[batch]
+        return training.next_state(model, optimizer, state, *pairs)
 
     def train_epoch(state: Any, batches: jax.Array) -> Any:
         return jax.lax.scan(step, state, batches)[0]
 
-    def count_right(state: Any) -> tuple[jax.Array, ...]:
-        variables, _ = state
-
-        def right(variables: Any) -> jax.Array:
-            logits: Any = model.apply(variables, test_images, train=False)
-            return jnp.sum(logits.argmax(-1) == test_labels)
-
+    def count_right(state: Any) -> list[jax.Array]:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
         # All in one batch: exact at every layer.
-        exact = functools.partial(recalibrate, model, variables, train=False)
-        return right(variables), right(exact([images])), right(exact([test_images]))
+        exact = (
+            recalibrate(model, variables, [each], train=False)
+            for each in (images, test[0])
+        )
+        states = [state, *(state._replace(**each) for each in exact)]
+        return [training.count_right(model, each, *test) for each in states]
 
     next_epoch = jax.jit(jax.vmap(train_epoch), donate_argnums=0)
     num_right = jax.jit(jax.vmap(count_right))
@@ -373,7 +356,7 @@ def train(
         states = next_epoch(states, jnp.asarray(indices(epoch)))
         jax.block_until_ready(states)  # for the progress bar
         if every_epoch or epoch == variant.epochs - 1:
-            shares = np.asarray(num_right(states)) / len(test_labels)
+            shares = np.asarray(num_right(states)) / len(digits.test_labels)
             yield Accuracies(*shares.tolist())
         else:
             yield None

@@ -39,6 +39,45 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+def first_state(model: Any, optimizer: Any, key: Any, images: Any) -> TrainState:
+    """Return the state before the first step."""
+    variables = model.init(key, images, train=True)
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(params, stats, optimizer.init(params))
+
+
+def next_state(
+    model: Any, optimizer: Any, state: TrainState, images: Any, labels: Any
+) -> tuple[TrainState, jax.Array]:
+    """Return the state after a step, and the mean loss of the batch before it."""
+
+    def mean_loss(params: Any) -> Any:
+        logits, stats = _apply(model, state._replace(params=params), images, True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), stats
+
+    (loss, stats), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, stats, opt_state), loss
+
+
+def count_right(
+    model: Any, state: TrainState, images: Any, labels: Any, batch: bool = False
+) -> jax.Array:
+    """Return how many are recognized, by running statistics or those of the batch."""
+    logits, _ = _apply(model, state, images, batch)
+    return jnp.sum(logits.argmax(-1) == labels)
+
+
+def _apply(model: Any, state: TrainState, images: Any, train: bool) -> Any:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits, updated = model.apply(
+        variables, images, train=train, mutable=["batch_stats"]
+    )
+    return logits, updated.get("batch_stats", {})
+
+
 class Mesh:
     """Devices that split every batch: under `jit`, XLA splits what it computes of it.
 
@@ -64,22 +103,18 @@ class Trainer:
         # Plain SGD for `mlp`, as in the paper. The rate is constant, so that a step
         # does not depend on how many are to follow it.
         momentum = 0.9 if settings.model == "cnn" else None
-        self._optimizer = optax.sgd(settings.learning_rate, momentum)
+        parts = self.model, optax.sgd(settings.learning_rate, momentum)
         self._settings, self._data, self._mesh = settings, data, mesh
-        self._step: Any = jax.jit(
-            self._next, donate_argnums=0, out_shardings=mesh.whole
-        )
-        self._num_right = jax.jit(self._count_right, static_argnums=3)
+        key, few = jax.random.key(settings.seed), data.train_images[:2]
+        self._first = functools.partial(first_state, *parts, key, few)
+        step = functools.partial(next_state, *parts)
+        self._step: Any = jax.jit(step, donate_argnums=0, out_shardings=mesh.whole)
+        right = functools.partial(count_right, self.model)
+        self._num_right = jax.jit(right, static_argnums=3)
         self.state: Any = None
         self.losses: list[float] = []  # of every step
         self.accuracies: list[float] = []  # at steps 0, MEASURE_EVERY, ...
         self.seconds: list[float] = []  # of every step in this process
-
-    def _first(self) -> TrainState:
-        key = jax.random.key(self._settings.seed)
-        variables = self.model.init(key, self._data.train_images[:2], train=True)
-        params, stats = variables["params"], variables.get("batch_stats", {})
-        return TrainState(params, stats, self._optimizer.init(params))
 
     def abstract(self) -> TrainState:
         """Return the shapes, dtypes and shardings of the state."""
@@ -112,30 +147,6 @@ class Trainer:
         batch = batches(len(labels), size, self._settings.seed, epoch)[number]
         split = functools.partial(self._mesh.place, sharding=self._mesh.split)
         return split(images[batch]), split(labels[batch])
-
-    def _apply(self, params: Any, stats: Any, images: Any, train: bool) -> Any:
-        variables = {"params": params, "batch_stats": stats}
-        logits, updated = self.model.apply(
-            variables, images, train=train, mutable=["batch_stats"]
-        )
-        return logits, updated.get("batch_stats", {})
-
-    def _next(self, state: TrainState, images: Any, labels: Any) -> Any:
-        def mean_loss(params: Any) -> Any:
-            logits, stats = self._apply(params, state.batch_stats, images, train=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), stats
-
-        (loss, stats), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = self._optimizer.update(grads, state.opt_state)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, stats, opt_state), loss
-
-    def _count_right(
-        self, state: TrainState, images: Any, labels: Any, batch: bool
-    ) -> jax.Array:
-        logits, _ = self._apply(state.params, state.batch_stats, images, train=batch)
-        return jnp.sum(logits.argmax(-1) == labels)
 
     def test_accuracy(self, state: TrainState, *, batch: bool = False) -> float:
         """Return the share of the test set that is recognized, by running statistics.

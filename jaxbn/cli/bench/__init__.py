@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn.cli import common
-from jaxbn.cli.bench import cases, layers
+from jaxbn.cli.bench import cases, layers, measure, programs, report
 
 DESCRIPTION = """\
 Measure jaxbn beside every batch norm that is installed, on the current backend, over
@@ -38,7 +38,7 @@ exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctr
 QUICK_LIMITS, LIMITS = (9, 1.5), (25, 2.5)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
 
     def several(flag: str, names: Iterable[str], default: Iterable[str], text: str):
@@ -52,19 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("--dtype", cases.DTYPES, cases.DTYPES, "dtypes of x")
     modes = "what one call computes; chain is eight layers, the nearest to a real model"
     several("--mode", cases.MODES, (), modes)
-    number = {"type": common.integer_from(1), "metavar": "N"}
     text = "rounds of calls (default: as many as fit into 2.5 s)"
-    parser.add_argument("--rounds", **number, help=text)
+    parser.add_number("--rounds", text)
     text = "few layers, few rounds, and the modes with gradients"
     parser.add_argument("--quick", action="store_true", help=text)
-    for name, content in {"json": "all figures", "png": "the chart"}.items():
-        parser.add_argument(
-            f"--{name}",
-            type=Path,
-            metavar="FILE",
-            default=Path("runs", "bench", f"bench.{name}"),
-            help=f"where to write {content} (default: %(default)s)",
-        )
+    text = "where to write all figures (default: %(default)s)"
+    parser.add_file("--json", text, Path("runs", "bench", "bench.json"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,14 +67,8 @@ def run(args: argparse.Namespace) -> int:
     groups = cases.groups(args.suite, args.dtype, args.mode, quick=args.quick)
     if not groups:
         raise common.CommandError("there is nothing to measure: no layer has this mode")
-    if args.json == args.png:
-        raise common.CommandError(f"--json and --png are the same file {args.json}")
     common.make_room("--json", args.json)
-    common.make_room("--png", args.png)
     common.first_line(f"measuring {len(groups)} groups: a layer, its dtype and a mode")
-
-    from jaxbn.cli.bench import measure, programs, report
-
     measure.keep_freed_memory()
     common.virtual_devices(2)  # to count all-reduces; one of them has all threads
     found, missing = layers.find([layers.OURS, *args.peers])
@@ -135,9 +122,6 @@ def run(args: argparse.Namespace) -> int:
     common.write_json(args.json, content)
     for each in report.summary(content):
         out.print(each)
-    if png := report.chart(content["rows"], machine):
-        common.write(args.png, png)
-        out.print(f"the chart is {args.png}")
     out.print(f"all figures are in {args.json}")
     if content["interrupted"]:
         out.print("interrupted: that is what was measured until then")
