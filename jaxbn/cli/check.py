@@ -3,6 +3,7 @@
 import argparse
 import functools
 import itertools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbn
-from jaxbn.cli import common
-from jaxbn.cli.bench import report
+from jaxbn.cli import bench, common
 
 DESCRIPTION = """\
 Compute batch norms on the devices at hand, and the same in float64 NumPy on the host:
@@ -22,14 +22,11 @@ of 10,000 standard deviations; and, on several devices, over all of them.
 
 An error is the largest absolute difference, relative to the largest value (at least 1).
 It may be one spacing of the dtype and 32 spacings of the arithmetic, which is float32
-at least.
+at least; else the case has FAILED, and the exit code is 1.
 
 examples:
   jaxbn check
   jaxbn check --devices 8 --json check.json
-
-exit code: 0 all is well; 1 something FAILED, or a demo package is missing; 2 a wrong
-flag or file; 130 after Ctrl-C
 """
 
 ROWS, FEATURES, EPSILON = 64, 16, 1e-5
@@ -45,7 +42,8 @@ QUANTITIES = [*itertools.chain(*COLUMNS.values())]
 def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
     parser.add_number("--devices", "check the CPU, as N virtual devices")
-    parser.add_file("--json", "also write all figures there")
+    text = "also write all figures there"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
         common.virtual_devices(args.devices)
         jax.config.update("jax_platforms", "cpu")  # where there is a GPU, too
 
-    out, machine = common.console(), report.machine(["numpy"])
-    out.print(report.machine_line(machine))
+    out = common.console()
+    machine = bench.machine_of(out, ["numpy"])
     chosen = cases(jax.device_count())
     rows: list[dict[str, Any]] = []
     title, headings = "relative errors", ("dtype", "case", *COLUMNS, "may be", "")
@@ -152,14 +150,14 @@ def errors(case: Case) -> dict[str, float]:
         got = _compute(case, x.astype(dtype), dy.astype(dtype), mask, params)
 
     found = {}
-    for name, values in want.items():
-        difference = np.abs(np.asarray(got[name]).astype(values.dtype) - values).max()
+    for name, values, other in zip(QUANTITIES, want, got, strict=True):
+        difference = np.abs(np.asarray(other).astype(values.dtype) - values).max()
         error = float(difference / max(1.0, np.abs(values).max()))
         found[name] = error if np.isfinite(error) else float("inf")
     return found
 
 
-def _oracle(x: Any, dy: Any, mask: Any, scale: Any, bias: Any) -> dict[str, Any]:
+def _oracle(x: Any, dy: Any, mask: Any, scale: Any, bias: Any) -> tuple[Any, ...]:
     """Return what Ioffe & Szegedy's formulas give in float64 for unmasked rows."""
     kept = mask[:, 0]
     v, g = x[kept], dy[kept]
@@ -171,11 +169,10 @@ def _oracle(x: Any, dy: Any, mask: Any, scale: Any, bias: Any) -> dict[str, Any]
     y[kept] = x_hat * scale + bias
     dx[kept] = scale / std * (g - dbias / n - x_hat.conj() * dscale.real / n)
     inference[kept] = v / np.sqrt(1 + EPSILON) * scale + bias
-    results = (y, inference, mean, var, dx, dscale.real, dbias.real)
-    return dict(zip(QUANTITIES, results, strict=True))
+    return y, inference, mean, var, dx, dscale.real, dbias.real
 
 
-def _compute(case: Case, x: Any, dy: Any, mask: Any, params: Any) -> dict[str, Any]:
+def _compute(case: Case, x: Any, dy: Any, mask: Any, params: Any) -> list[Any]:
     """Return the same as jaxbn computes it on the devices."""
     axis = 0 if case.setting == "channel first" else -1
     arrays = [np.where(mask, x, np.nan).astype(x.dtype), dy]  # NaN must not matter
@@ -205,5 +202,4 @@ def _compute(case: Case, x: Any, dy: Any, mask: Any, params: Any) -> dict[str, A
                 outputs, mesh=mesh, in_specs=inputs, out_specs=specs
             )
     results = jax.jit(outputs)(params, *arrays)
-    results = [a.T if axis == 0 else a for a in results]  # of vectors, themselves
-    return dict(zip(QUANTITIES, results, strict=True))
+    return [a.T if axis == 0 else a for a in results]  # of vectors, themselves

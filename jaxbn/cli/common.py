@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,10 +42,6 @@ class Parser(argparse.ArgumentParser):
         """Add a flag that takes an integer of at least `low`."""
         kwargs.setdefault("type", integer_from(low))
         self.add_argument(flag, metavar="N", help=text, **kwargs)
-
-    def add_file(self, flag: str, text: str, default: Path | None = None) -> None:
-        """Add a flag that takes the name of a file."""
-        self.add_argument(flag, type=Path, metavar="FILE", help=text, default=default)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 after one line on stderr."""
@@ -82,9 +77,6 @@ def positive_float(text: str) -> float:
         if 0 < (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"must be a finite number > 0; got {text!r}")
-
-
-# What a person sees
 
 
 def first_line(text: str) -> None:
@@ -133,9 +125,6 @@ def cell(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
 
 
-# Files
-
-
 def make_folder(flag: str, folder: Path) -> None:
     """Make the folder that a flag names, and refuse it before any work."""
     try:  # permissions do not tell: root may write to /proc by them
@@ -158,14 +147,10 @@ def write(path: Path, data: bytes) -> None:
     """Replace a file in one step: whenever we are killed, it is the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        temporary.replace(path)
     except OSError as error:
-        # Half a file helps nobody, and may be what fills the disk.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # half a file may be what fills the disk
             temporary.unlink()
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
@@ -184,15 +169,9 @@ def write_png(path: Path, figure: "Figure") -> None:
     write(path, png.getvalue())
 
 
-# The process
-
-
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], int]]:
     """Defer Ctrl-C and SIGTERM, so that neither cuts a step or a file in two.
-
-    Before this context Ctrl-C raises KeyboardInterrupt, of which the program makes one
-    line: the text of the exception, or that nothing was written yet.
 
     Yields:
       A function that returns the exit code for the signal that came, or 0: 130 after

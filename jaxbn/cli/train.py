@@ -38,9 +38,8 @@ Ctrl-C and SIGTERM stop after the current step and write all of these. Even afte
 kill -9, a run that is resumed ends in the same bits as one that was never stopped,
 on the same number of devices.
 
-exit code: 0; 1 a package is missing; 2 a wrong flag or file; 130 after Ctrl-C; 143
-after SIGTERM; with --join, not 0 in all processes where one of them fails or dies: 2,
-or what JAX ends a process with, such as 134
+The exit code is 143 after SIGTERM. With --join, where one process fails or dies it is
+2 in the others, or what JAX ends them with, such as 134.
 """
 
 NORMS = ("jaxbn", "none", "flax")

