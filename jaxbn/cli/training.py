@@ -45,9 +45,11 @@ def load_digits(data: str = "digits") -> Digits:
     pixels, labels = loaded
     side = round(pixels.shape[1] ** 0.5)
     images = (pixels / brightest).astype(np.float32).reshape(-1, side, side, 1)
-    parts = images, labels.astype(np.int32)
-    how: Any = {"test_size": num_test, "stratify": labels, "random_state": 0}
-    return Digits(*train_test_split(*parts, **how))
+    labels = labels.astype(np.int32)
+    split: Any = train_test_split(
+        images, labels, test_size=num_test, stratify=labels, random_state=0
+    )
+    return Digits(*split)
 
 
 def batches(num_examples: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
