@@ -31,7 +31,7 @@ examples:
 
 ROWS, FEATURES, EPSILON = 64, 16, 1e-5
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64")
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "y": ("y", "y, inference"),
     "stats": ("mean", "var"),
     "gradients": ("dx", "dscale", "dbias"),

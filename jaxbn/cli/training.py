@@ -135,7 +135,7 @@ class MLP(nn.Module):
         return nn.Dense(10, kernel_init=small)(x)
 
 
-MODELS = {"cnn": CNN, "mlp": MLP}
+MODELS: dict[str, Any] = {"cnn": CNN, "mlp": MLP}
 
 
 @dataclasses.dataclass(frozen=True)
