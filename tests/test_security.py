@@ -118,7 +118,7 @@ run("train", *short, "--epochs", "1")
 run("train", *short, "--epochs", "2", "--resume")
 run("inspect", "run")
 run("check")
-tiny = ["--suite", "tiny", "--dtype", "float32", "--mode", "forward"]
+tiny = ["--suite", "tiny", "--dtype", "float32", "--mode", "inference"]
 run("bench", *tiny, "--rounds", "1", "--peers", "flax-fast")
 
 def step(x, params, state):

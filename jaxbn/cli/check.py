@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbn
-from jaxbn.cli import common
+from jaxbn.cli import bench, common
 
 DESCRIPTION = """\
 Compute batch norms on the devices at hand, and the same in float64 NumPy on the host:
@@ -21,43 +22,28 @@ of 10,000 standard deviations; and, on several devices, over all of them.
 
 An error is the largest absolute difference, relative to the largest value (at least 1).
 It may be one spacing of the dtype and 32 spacings of the arithmetic, which is float32
-at least.
+at least; else the case has FAILED, and the exit code is 1.
 
 examples:
   jaxbn check
   jaxbn check --devices 8 --json check.json
-
-exit code: 0 all is well; 1 something FAILED, or a demo package is missing; 2 a wrong
-flag or file; 130 after Ctrl-C
 """
 
 ROWS, FEATURES, EPSILON = 64, 16, 1e-5
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64")
-QUANTITIES: tuple[str, ...] = (
-    "y",
-    "y, inference",
-    "mean",
-    "var",
-    "dx",
-    "dscale",
-    "dbias",
-)
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "y": QUANTITIES[:2],
-    "stats": QUANTITIES[2:4],
-    "gradients": QUANTITIES[4:],
+    "y": ("y", "y, inference"),
+    "stats": ("mean", "var"),
+    "gradients": ("dx", "dscale", "dbias"),
 }
+QUANTITIES = [*itertools.chain(*COLUMNS.values())]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
-    devices, file = (
-        "check the CPU, as N virtual devices",
-        "also write all figures there",
-    )
-    natural = common.integer_from(1)
-    parser.add_argument("--devices", type=natural, metavar="N", help=devices)
-    parser.add_argument("--json", type=Path, metavar="FILE", help=file)
+    parser.add_number("--devices", "check the CPU, as N virtual devices")
+    text = "also write all figures there"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,52 +55,45 @@ def run(args: argparse.Namespace) -> int:
         common.virtual_devices(args.devices)
         jax.config.update("jax_platforms", "cpu")  # where there is a GPU, too
 
-    from rich.table import Table
-
-    from jaxbn.cli.bench import report
-
-    out, machine = common.console(), report.machine(["numpy"])
-    out.print(report.machine_line(machine))
+    out = common.console()
+    machine = bench.machine_of(out, ["numpy"])
     chosen = cases(jax.device_count())
     rows: list[dict[str, Any]] = []
+    title, headings = "relative errors", ("dtype", "case", *COLUMNS, "may be", "")
+    table = common.table(*headings, words=2, title=title)
     with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
         task = bar.add_task("checking", total=len(chosen), seen="")
         for case in chosen:
             if interrupted():
                 raise KeyboardInterrupt
-            bar.update(task, seen=f"{case.dtype}, {case.name}")
+            name = f"{case.dtype}, {case.name}"
+            bar.update(task, seen=name)
             try:
                 found = errors(case)
             except Exception as error:  # what this backend cannot compile, say
                 found = dict.fromkeys(QUANTITIES, float("inf"))
                 line = f"{type(error).__name__}: {error}".splitlines()[0]
-                out.print(f"{case.dtype}, {case.name}: {line}")
-            failed = [name for name in found if found[name] > case.tolerance]
+                out.print(f"{name}: {line}")
+            failed = [each for each in found if found[each] > case.tolerance]
+            for each in failed:
+                off = f"off by {found[each]:.0e}, may be {case.tolerance:.0e}"
+                out.print(f"FAILED: {name}: {each} is {off}")
+            worst = [max(map(found.__getitem__, each)) for each in COLUMNS.values()]
+            cells = [f"{error:.0e}" for error in (*worst, case.tolerance)]
+            verdict, style = ("no", "bold red") if failed else ("ok", "")
+            table.add_row(case.dtype, case.name, *cells, verdict, style=style)
             row: dict[str, Any] = {"dtype": case.dtype, "case": case.name}
             row |= {"tolerance": case.tolerance, "errors": found, "failed": failed}
             rows.append(row)
             bar.advance(task)
-
-    table = Table("dtype", "case", *COLUMNS, "may be", "", title="relative errors")
-    for row in rows:
-        worst = [max(row["errors"][name] for name in each) for each in COLUMNS.values()]
-        cells = [f"{error:.0e}" for error in (*worst, row["tolerance"])]
-        verdict, style = ("no", "bold red") if row["failed"] else ("ok", "")
-        table.add_row(row["dtype"], row["case"], *cells, verdict, style=style)
     out.print(table)
-    for row in rows:
-        for name in row["failed"]:
-            off = f"off by {row['errors'][name]:.0e}, may be {row['tolerance']:.0e}"
-            out.print(f"FAILED: {row['dtype']}, {row['case']}: {name} is {off}")
     if args.json:
         common.write_json(args.json, {"machine": machine, "rows": rows})
     failed = sum(bool(row["failed"]) for row in rows)
     on = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     out.print(f"{len(rows) - failed} of {len(rows)} cases are right on {on}")
     if jax.device_count() == 1:
-        out.print(
-            "(`jaxbn check --devices 8` also checks batches over several devices)"
-        )
+        out.print("(`jaxbn check --devices 8` also checks several devices)")
     return 1 if failed else 0
 
 
@@ -171,14 +150,14 @@ def errors(case: Case) -> dict[str, float]:
         got = _compute(case, x.astype(dtype), dy.astype(dtype), mask, params)
 
     found = {}
-    for name, values in want.items():
-        difference = np.abs(np.asarray(got[name]).astype(values.dtype) - values).max()
+    for name, values, other in zip(QUANTITIES, want, got, strict=True):
+        difference = np.abs(np.asarray(other).astype(values.dtype) - values).max()
         error = float(difference / max(1.0, np.abs(values).max()))
         found[name] = error if np.isfinite(error) else float("inf")
     return found
 
 
-def _oracle(x: Any, dy: Any, mask: Any, scale: Any, bias: Any) -> dict[str, Any]:
+def _oracle(x: Any, dy: Any, mask: Any, scale: Any, bias: Any) -> tuple[Any, ...]:
     """Return what Ioffe & Szegedy's formulas give in float64 for unmasked rows."""
     kept = mask[:, 0]
     v, g = x[kept], dy[kept]
@@ -190,11 +169,10 @@ def _oracle(x: Any, dy: Any, mask: Any, scale: Any, bias: Any) -> dict[str, Any]
     y[kept] = x_hat * scale + bias
     dx[kept] = scale / std * (g - dbias / n - x_hat.conj() * dscale.real / n)
     inference[kept] = v / np.sqrt(1 + EPSILON) * scale + bias
-    results = (y, inference, mean, var, dx, dscale.real, dbias.real)
-    return dict(zip(QUANTITIES, results, strict=True))
+    return y, inference, mean, var, dx, dscale.real, dbias.real
 
 
-def _compute(case: Case, x: Any, dy: Any, mask: Any, params: Any) -> dict[str, Any]:
+def _compute(case: Case, x: Any, dy: Any, mask: Any, params: Any) -> list[Any]:
     """Return the same as jaxbn computes it on the devices."""
     axis = 0 if case.setting == "channel first" else -1
     arrays = [np.where(mask, x, np.nan).astype(x.dtype), dy]  # NaN must not matter
@@ -224,5 +202,4 @@ def _compute(case: Case, x: Any, dy: Any, mask: Any, params: Any) -> dict[str, A
                 outputs, mesh=mesh, in_specs=inputs, out_specs=specs
             )
     results = jax.jit(outputs)(params, *arrays)
-    results = [a.T if axis == 0 else a for a in results]  # of vectors, themselves
-    return dict(zip(QUANTITIES, results, strict=True))
+    return [a.T if axis == 0 else a for a in results]  # of vectors, themselves

@@ -9,9 +9,9 @@ or tyro, `--help` would be slower, and one more package would have to be install
 
 import argparse
 import contextlib
+import io
 import json
 import math
-import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 
 class CommandError(Exception):
@@ -35,6 +37,11 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
+
+    def add_number(self, flag: str, text: str, low: int = 1, **kwargs: Any) -> None:
+        """Add a flag that takes an integer of at least `low`."""
+        kwargs.setdefault("type", integer_from(low))
+        self.add_argument(flag, metavar="N", help=text, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 after one line on stderr."""
@@ -58,10 +65,8 @@ def integer_from(low: int, high: float = math.inf) -> Callable[[str], int]:
         with contextlib.suppress(ValueError):
             if low <= (value := int(text)) <= high:
                 return value
-        wanted = f"an integer of at least {low}"
-        if high < math.inf:
-            wanted = f"an integer from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")
+        wanted = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        raise argparse.ArgumentTypeError(f"must be an integer {wanted}; got {text!r}")
 
     return parse
 
@@ -72,9 +77,6 @@ def positive_float(text: str) -> float:
         if 0 < (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"must be a finite number > 0; got {text!r}")
-
-
-# What a person sees
 
 
 def first_line(text: str) -> None:
@@ -90,10 +92,9 @@ def console(*, quiet: bool = False) -> "Console":
 
 
 def progress(console: "Console") -> "Progress":
-    """Return live bars, to be used as a context.
+    """Return live bars, to be used as a context; the field `seen` stands behind a bar.
 
     A task with `total=None` is a bar that moves by itself: `compiling`, for example.
-    The field `seen`, a text, stands behind the bar.
     """
     from rich import progress
 
@@ -107,7 +108,21 @@ def progress(console: "Console") -> "Progress":
     )
 
 
-# Files
+def table(*headings: str, words: int = 1, **options: Any) -> "Table":
+    """Return a table without rows, in whose first columns are words, then numbers."""
+    from rich import box
+    from rich.table import Table
+
+    options = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), **options}
+    made = Table(**options)
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < words else "right")
+    return made
+
+
+def cell(value: float | None, form: str) -> str:
+    """Return a number in this format, and a dash for None."""
+    return "–" if value is None else f"{value:{form}}"
 
 
 def make_folder(flag: str, folder: Path) -> None:
@@ -132,42 +147,31 @@ def write(path: Path, data: bytes) -> None:
     """Replace a file in one step: whenever we are killed, it is the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        temporary.replace(path)
     except OSError as error:
-        # Half a file helps nobody, and may be what fills the disk.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # half a file may be what fills the disk
             temporary.unlink()
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file in one step; numbers that are not finite become null."""
-    write(path, json.dumps(_finite(content), indent=1, allow_nan=False).encode())
+    text = json.dumps(content, default=lambda array: array.tolist())
+    finite = json.loads(text, parse_constant=lambda name: None)
+    write(path, json.dumps(finite, indent=1).encode())
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-# The process
+def write_png(path: Path, figure: "Figure") -> None:
+    """Replace a picture in one step."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write(path, png.getvalue())
 
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], int]]:
     """Defer Ctrl-C and SIGTERM, so that neither cuts a step or a file in two.
-
-    Before this context Ctrl-C raises KeyboardInterrupt, of which the program makes one
-    line: the text of the exception, or that nothing was written yet.
 
     Yields:
       A function that returns the exit code for the signal that came, or 0: 130 after

@@ -1,25 +1,16 @@
 """`jaxbn inspect`: every batch norm of a checkpoint, the worst one first."""
 
 import argparse
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from jaxbn._models.inspection import (
-    DEAD,
-    EPSILON,
-    SCALE_NEAR_ZERO,
-    STD_IS_LOST,
-    LayerStatistics,
-)
+from jaxbn._models import inspection
+from jaxbn._models.inspection import STD_IS_LOST, LayerStatistics
 from jaxbn.cli import common
 from jaxbn.cli.common import CommandError, printable
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DESCRIPTION = """\
 Show each batch norm of a checkpoint: channels that are dead (variance near 0), whose
@@ -39,8 +30,6 @@ CHECKPOINT is the folder of a run, or a file with any model's Flax variables and
 examples:
   jaxbn inspect runs/cnn
   jaxbn inspect model.msgpack --json figures.json
-
-exit code: 0; 1 a package is missing; 2 a wrong flag or file
 """
 
 # A layer whose mean divergence is smaller is healthy.
@@ -49,16 +38,20 @@ LARGE_KL = 0.5
 # The norms of `train` that have statistics.
 NORMALIZED = ("jaxbn", "flax")
 
+# What is written of each layer.
+FIGURES = ("path", "num_features", "dead", "scale_near_zero", "not_finite")
+FIGURES += ("worst_mean_over_std", "mean_kl", "worst_channel", "mean_over_std", "kl")
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
-    what = "the folder of a run, or a msgpack file"
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
-    what = "which network of a run (default: jaxbn, if it is there)"
-    parser.add_argument("--norm", choices=NORMALIZED, help=what)
+    text = "the folder of a run, or a msgpack file"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
+    text = "which network of a run (default: jaxbn, if it is there)"
+    parser.add_argument("--norm", choices=NORMALIZED, help=text)
     for name, what in (("json", "all figures"), ("png", "the picture")):
-        where = f"where to write {what} (default: <name>.inspect.{name}, beside it)"
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=where)
+        text = f"where to write {what} (default: <name>.inspect.{name}, beside it)"
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,15 +74,16 @@ def run(args: argparse.Namespace) -> int:
     console = common.console()
     if test_accuracy is None:
         console.print("not a run of `train`: without a model and data, no divergence")
-    for each in table(layers, console.width):
-        console.print(each)
-    for line in verdict(layers, test_accuracy):
-        console.print(line)
+    console.print(*table(layers, console.width), sep="\n")
+    console.print(*verdict(layers, test_accuracy), sep="\n")
     json = args.json or beside.with_name(f"{beside.name}.inspect.json")
     png = args.png or beside.with_name(f"{beside.name}.inspect.png")
+    content = {"checkpoint": str(path), "test_accuracy": test_accuracy}
+    content["mean_over_std_limits"] = STD_IS_LOST
+    figures = [{name: getattr(layer, name) for name in FIGURES} for layer in layers]
     try:
-        common.write_json(json, figures(str(path), layers, test_accuracy))
-        common.write(png, picture(printable(name), layers))
+        common.write_json(json, content | {"layers": figures})
+        draw(png, printable(name), layers)
     except CommandError as error:
         console.print(f"{error}: the report above is all there is")
     else:
@@ -127,9 +121,8 @@ def of_run(
     import jax
     from flax.traverse_util import flatten_dict, unflatten_dict
 
-    from jaxbn.cli import digits
-    from jaxbn.cli.checkpoints import Checkpoints
-    from jaxbn.cli.training import Mesh, Trainer
+    from jaxbn.cli.session import Checkpoints
+    from jaxbn.cli.training import Mesh, Trainer, load_digits
     from jaxbn.linen import inspect_statistics
 
     if any(folder.glob("*.msgpack")):
@@ -138,12 +131,11 @@ def of_run(
         raise CommandError(f"{folder} holds no run of `train`")
     kept = Checkpoints(folder)
     settings, seen = kept.load()
-    wanted = [each for each in NORMALIZED if norm in (each, None)]
-    found = [each for each in wanted if each in settings.norm]
+    found = [x for x in NORMALIZED if x in settings.norm and norm in (x, None)]
     if not found:
-        have = ", ".join(settings.norm)
-        raise CommandError(f"{folder} has no {' or '.join(wanted)}: its norm is {have}")
-    data, mesh = digits.load(settings.data), Mesh(jax.local_devices()[:1])
+        wanted, have = norm or "batch norm", ", ".join(settings.norm)
+        raise CommandError(f"{folder} has no {wanted}: its norm is {have}")
+    data, mesh = load_digits(settings.data), Mesh(jax.local_devices()[:1])
     trainers = {each: Trainer(settings, each, data, mesh) for each in settings.norm}
     kept.restore(trainers, seen)
     state = trainers[found[0]].state
@@ -157,9 +149,9 @@ def of_run(
     def accuracy(corrected: Sequence[LayerStatistics]) -> float:
         flat: dict[Any, Any] = dict(flatten_dict(state.batch_stats))
         for layer in corrected:
-            if layer.data is not None:
-                for name, value in (("mean", layer.data.mean), ("var", layer.data.var)):
-                    flat[*layer.path, name] = jax.numpy.asarray(value, "float32")
+            for name in ("mean", "var") if layer.data else ():
+                value = getattr(layer.data, name)
+                flat[*layer.path, name] = jax.numpy.asarray(value, "float32")
         stats = unflatten_dict(flat)
         return trainer.test_accuracy(state._replace(batch_stats=stats))
 
@@ -171,36 +163,28 @@ def of_run(
     return found[0], layers, test_accuracy
 
 
-# What a person sees
-
-
-def table(layers: Sequence[LayerStatistics], width: int) -> "list[Table | str]":
+def table(layers: Sequence[LayerStatistics], width: int) -> list[Any]:
     """Return a row for each layer, and names below where they are too long for it."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     names = [printable(layer.name) for layer in layers]
     fits = max(map(len, names)) + 33 <= width
-    lost = ", ".join(f"{limit:.0f} in {name}" for name, limit in STD_IS_LOST.items())
-    rows = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    rows.add_column("batch norm" if fits else "")
-    headings = ("chan-\nnels", "dead", "scale\nnear 0", "worst\nmean/std")
-    for heading in (*headings, "KL\n(nats)"):
-        rows.add_column(heading, justify="right")
+    headings = ("chan-\nnels", "dead", "scale\nnear 0", "worst\nmean/std", "KL\n(nats)")
+    narrow: dict[str, Any] = {"padding": 0, "show_edge": False}
+    rows = common.table("batch norm" if fits else "", *headings, **narrow)
     for i, layer in enumerate(layers):
         ratio, kl = layer.worst_mean_over_std, layer.mean_kl
         flagged = (  # red where it is true
             (str(len(layer.dead)), layer.dead),
             (str(len(layer.scale_near_zero)), layer.scale_near_zero),
             (f"{ratio:.2g}", ratio > min(STD_IS_LOST.values())),
-            ("–" if kl is None else f"{kl:.2g}", (kl or 0) > LARGE_KL),
+            (common.cell(kl, ".2g"), (kl or 0) > LARGE_KL),
         )
         cells = [Text(text, "bold red" if flag else "") for text, flag in flagged]
         rows.add_row(names[i] if fits else str(i + 1), str(layer.num_features), *cells)
-    note = f"where |mean|/std is above {lost}, the std is lost"
     key = [] if fits else [f"{i}  {name}" for i, name in enumerate(names, 1)]
-    return [rows, *key, note]
+    lost = ", ".join(f"{limit:.0f} in {name}" for name, limit in STD_IS_LOST.items())
+    return [rows, *key, f"where |mean|/std is above {lost}, the std is lost"]
 
 
 def verdict(
@@ -208,25 +192,24 @@ def verdict(
 ) -> list[str]:
     """Return what is wrong, or that nothing is, and what it does to the accuracy."""
     lines = []
-    kl, channel = layers[0].mean_kl, layers[0].worst_channel or ()
-    if kl is not None and kl > LARGE_KL:
-        lines.append(
-            f"worst: {printable(layers[0].name)}, whose running statistics are "
-            f"{kl:.3g} nats from the data's, most in channel "
-            f"{', '.join(map(str, channel))}"
-        )
     for layer in layers:
+        said = []
+        if layer.mean_kl is not None and layer.mean_kl > LARGE_KL:
+            where = ", ".join(map(str, layer.worst_channel or ()))
+            far = f"running statistics {layer.mean_kl:.3g} nats from the data's"
+            said.append(f"{far}, most in channel {where}")
+        for what, channels in (
+            ("running statistics not finite", layer.not_finite),
+            ("dead", layer.dead),
+            ("scale near 0", layer.scale_near_zero),
+        ):
+            if channels:
+                said.append(f"{what} in {len(channels)} channels")
         lost = [k for k, v in STD_IS_LOST.items() if layer.worst_mean_over_std > v]
-        wrong = {
-            "running statistics not finite": len(layer.not_finite),
-            "dead": len(layer.dead),
-            "scale near 0": len(layer.scale_near_zero),
-        }
-        said = [f"{what} in {n} channels" for what, n in wrong.items() if n]
         if lost and not layer.not_finite:
             said.append(f"not for {' or '.join(lost)} as it is")
         if said:
-            lines.append(f"{printable(layer.name)}: {', '.join(said)}")
+            lines.append(f"{printable(layer.name)}: {'; '.join(said)}")
     if not lines:
         lines.append(f"all healthy: {len(layers)} batch norms")
     if test_accuracy is not None:
@@ -235,34 +218,18 @@ def verdict(
     return lines
 
 
-def figures(
-    checkpoint: str, layers: Sequence[LayerStatistics], test_accuracy: Any
-) -> dict[str, Any]:
-    """Return all figures, in the order of the table."""
-    names = ("path", "num_features", "dead", "scale_near_zero", "not_finite")
-    names += ("worst_mean_over_std", "mean_kl", "worst_channel", "mean_over_std", "kl")
-    values = [{name: getattr(layer, name) for name in names} for layer in layers]
-    for each in values:
-        each["mean_over_std"] = each["mean_over_std"].tolist()
-        each["kl"] = None if each["kl"] is None else each["kl"].tolist()
-    content = {"checkpoint": checkpoint, "test_accuracy": test_accuracy}
-    return content | {"mean_over_std_limits": STD_IS_LOST, "layers": values}
-
-
-def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:
-    """Draw a dot for each channel, a row for each layer, as the bytes of a PNG."""
+def draw(png: Path, title: str, layers: Sequence[LayerStatistics]) -> None:
+    """Draw a dot for each channel, and a row for each layer."""
     from matplotlib.figure import Figure
 
+    scales = [None if x.scale is None else abs(x.scale) for x in layers]
+    dead = inspection.DEAD * inspection.EPSILON
     # By quantity: its values, what is least shown of it, and the limits.
     panels: dict[str, tuple[list[np.ndarray | None], float, dict[str, float]]] = {
         "KL(data || running), nats": ([x.kl for x in layers], 1e-6, {}),
         "|mean| / std": ([x.mean_over_std for x in layers], 1e-3, STD_IS_LOST),
-        "running variance": ([x.var for x in layers], 1e-9, {"dead": DEAD * EPSILON}),
-        "|scale|": (
-            [None if x.scale is None else abs(x.scale) for x in layers],
-            1e-5,
-            {"near 0": SCALE_NEAR_ZERO},
-        ),
+        "running variance": ([x.var for x in layers], 1e-9, {"dead": dead}),
+        "|scale|": (scales, 1e-5, {"near 0": inspection.SCALE_NEAR_ZERO}),
     }
     panels = {k: v for k, v in panels.items() if any(x is not None for x in v[0])}
     size = (2 + 3 * len(panels), 1.8 + 0.3 * len(layers))
@@ -270,14 +237,14 @@ def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, panel) in zip(columns, panels.items(), strict=True):
         rows, floor, limits = panel
-        for row, values in enumerate(rows):
-            # Only finite numbers have a place on an axis.
-            finite = np.zeros(0) if values is None else values[np.isfinite(values)]
-            if finite.size:
-                shown, place = np.maximum(finite, floor), np.full(finite.shape, row)
-                axes.scatter(shown, place, s=14, color="#0072B2", alpha=0.45, lw=0)
-                middle = max(float(finite.mean()), floor)
-                axes.plot(middle, row, "|k", markersize=13, markeredgewidth=2)
+        for row, each in enumerate(rows):
+            # Only finite numbers have a place on an axis; None has no number.
+            values = np.asarray(each, float)
+            values = np.maximum(values[np.isfinite(values)], floor)
+            places = np.full(values.shape, row)
+            axes.plot(values, places, "o", ms=4, mew=0, color="#0072B2", alpha=0.45)
+            if values.size:
+                axes.plot(values.mean(), row, "|k", ms=13, mew=2)
         for (name, limit), line in zip(limits.items(), ("--", ":"), strict=False):
             axes.axvline(limit, color="#D55E00", linestyle=line, label=name)
         axes.set(xlabel=label, xscale="log")
@@ -291,6 +258,4 @@ def picture(title: str, layers: Sequence[LayerStatistics]) -> bytes:
     columns[0].set_ylim(len(layers) - 0.5, -0.5)  # the first row on top
     title = f"batch norms of {title}: a dot is a channel, a bar their mean"
     figure.suptitle(title, parse_math=False)  # a `$` is a `$`
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    common.write_png(png, figure)

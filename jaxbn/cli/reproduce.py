@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ import numpy as np
 from jaxbn.cli import common
 
 # The settings, each with its reason, were written before the first run. The network is
-# `models.MLP`, the first paper's: in one program with its batches it is a hundred times
-# as fast on a CPU as a convolution, so that 5 seeds take a minute. With batches of 2,
-# batch norm leaves no more of a feature than its sign there.
+# `training.MLP`, that of the first paper: in one program with its batches it is a
+# hundred times as fast on a CPU as a convolution, so that 5 seeds take a minute. With
+# batches of 2, batch norm leaves no more of a feature than its sign there.
 
 # Those of `train --model mlp`: a rate that suits the network without batch norm, and
 # with which the one with batch norm does well.
@@ -30,6 +30,8 @@ LEARNING_RATE, BATCH_SIZE = 1.0, 60
 RAMP_BEGIN, RAMP_D_MAX, RAMP_R_MAX = 1 / 32, 5 / 32, 1 / 4
 R_MAX, D_MAX = 3.0, 5.0
 
+HOW = ("running", "recalibrated", "batch")  # see DESCRIPTION
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -37,9 +39,9 @@ class Variant:
 
     group: str
     name: str
-    batch_size: int
-    learning_rate: float
     epochs: int
+    batch_size: int = BATCH_SIZE
+    learning_rate: float = LEARNING_RATE
     norm: str = "batch"  # or "renorm"
     momentum: float = 0.99  # the Batch Renormalization paper's, where a run is long
     ghost_batch_size: int | None = None
@@ -63,14 +65,13 @@ def _small() -> Iterator[Variant]:
     # an epoch all networks then go equally far. Ghost batches of 2 and 4 are within a
     # batch of 60, with its rate: small are the batches that normalize, not those of a
     # step. In 30 epochs batches of 60 make 690 steps, with which `train` comes to 97 %.
-    usual, epochs = (BATCH_SIZE, LEARNING_RATE), 30
-    yield Variant(f"batches of {BATCH_SIZE}", "batch norm", *usual, epochs)
+    yield Variant(f"batches of {BATCH_SIZE}", "batch norm", 30)
     for n in (2, 4):
-        group, small = f"batches of {n}", (n, LEARNING_RATE * n / BATCH_SIZE)
-        yield Variant(group, "batch norm", *small, epochs)
-        yield Variant(group, "batch renorm", *small, epochs, norm="renorm")
-        ghost = f"ghost batches of {n} in {BATCH_SIZE}"
-        yield Variant(group, ghost, *usual, epochs, ghost_batch_size=n)
+        make = functools.partial(Variant, f"batches of {n}", epochs=30)
+        small: Any = {"batch_size": n, "learning_rate": LEARNING_RATE * n / BATCH_SIZE}
+        yield make("batch norm", **small)
+        yield make("batch renorm", **small, norm="renorm")
+        yield make(f"ghost batches of {n} in {BATCH_SIZE}", ghost_batch_size=n)
 
 
 def _classes() -> Iterator[Variant]:
@@ -80,21 +81,20 @@ def _classes() -> Iterator[Variant]:
     # 1, so that no step overrules all that were before it. 160 epochs make up for the
     # small rate, and let renorm begin after more than 100 updates, when the running
     # statistics are warm. Ghost batches of 8: a quarter, with as few classes.
+    few: Any = {"epochs": 160, "batch_size": 32, "learning_rate": 0.03}
     for n, group in ((1, "one class in a batch"), (2, "2 classes in a batch")):
-        make = functools.partial(Variant, group, classes=n)
-        yield make("batch norm", 32, 0.03, 160)
-        yield make("batch renorm", 32, 0.03, 160, norm="renorm")
-        yield make("ghost batches of 8 in 32", 32, 0.03, 160, ghost_batch_size=8)
+        make = functools.partial(Variant, group, classes=n, **few)
+        yield make("batch norm")
+        yield make("batch renorm", norm="renorm")
+        yield make("ghost batches of 8 in 32", ghost_batch_size=8)
 
 
 def _momentum() -> Iterator[Variant]:
     # The first 12 epochs of `train --model mlp`, whose rate is constant: 276 steps in
     # which weights move quickly. Momentum does not enter training: the rows of both
     # have the same weights, and differ in the running statistics alone.
-    make = functools.partial(Variant, name="batch norm", batch_size=BATCH_SIZE)
-    make = functools.partial(make, learning_rate=LEARNING_RATE, epochs=12, decay=False)
-    for momentum in (0.9, 0.99):
-        yield make(f"momentum {momentum}", momentum=momentum)
+    for each in (0.9, 0.99):
+        yield Variant(f"momentum {each}", "batch norm", 12, momentum=each, decay=False)
 
 
 def _large() -> Iterator[Variant]:
@@ -102,13 +102,13 @@ def _large() -> Iterator[Variant]:
     # the root of the batch, so that steps are equally noisy (Hoffer et al.). For
     # `train`'s 60 epochs, and for as many updates, 11 times as long. Momentum is
     # `train`'s: in a hundred updates 0.99 would not forget the initial statistics.
-    make = functools.partial(Variant, momentum=0.9)
+    yield Variant("as many epochs", "batches of 64", 60, 64, momentum=0.9)
     rate = LEARNING_RATE * math.sqrt(11)
-    yield make("as many epochs", "batches of 64", 64, LEARNING_RATE, 60)
+    large: Any = {"batch_size": 704, "learning_rate": rate, "momentum": 0.9}
     for group, epochs in (("as many epochs", 60), ("as many updates", 11 * 60)):
-        yield make(group, "batches of 704", 704, rate, epochs)
+        yield Variant(group, "batches of 704", epochs, **large)
         ghost = "ghost batches of 64 in 704"
-        yield make(group, ghost, 704, rate, epochs, ghost_batch_size=64)
+        yield Variant(group, ghost, epochs, **large, ghost_batch_size=64)
 
 
 EXPERIMENTS = {
@@ -161,18 +161,16 @@ figures are of other networks and data: compare the order of the rows, not their
 Ctrl-C prints and writes what is finished until then.
 
 example: jaxbn reproduce momentum --seeds 10
-exit code: 0; 1 a demo package is missing; 2 a wrong flag or file; 130 after Ctrl-C
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags."""
-    number = {"metavar": "N", "type": common.integer_from(1)}
     parser.add_argument("experiment", choices=[*EXPERIMENTS], help="see above")
     text = "seeds 0 to N - 1, each with its weights and batches (default: 5)"
-    parser.add_argument("--seeds", **number, default=5, help=text)
+    parser.add_number("--seeds", text, default=5)
     text = "at most so many passes over the training set, for a quick look"
-    parser.add_argument("--epochs", **number, help=text)
+    parser.add_number("--epochs", text)
     text = "where to write all figures (default: runs/reproduce/EXPERIMENT.json)"
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
@@ -189,60 +187,49 @@ def run(args: argparse.Namespace) -> int:
     ]
     common.first_line(f"training {seeds} networks at once: {experiment.title}")
 
-    from jaxbn.cli import digits
+    from jaxbn.cli import training
 
-    out, total = common.console(), sum(each.epochs for each in variants)
-    content: dict[str, Any] = {"experiment": name, "seeds": seeds, "complete": False}
-    content |= {"title": experiment.title, "paper": experiment.paper}
+    out, data = common.console(), training.load_digits()
+    rows: list[dict[str, Any]] = []
+    content = {"experiment": name, "title": experiment.title, "paper": experiment.paper}
     content |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    rows = content["rows"] = []
-    data = digits.load()
+    content |= {"seeds": seeds, "complete": False, "rows": rows}
     # Ctrl-C counts between epochs: raised inside JAX, it can crash the process.
     with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
+        total = sum(each.epochs for each in variants)
         task = bar.add_task("epochs", total=total, seen="")
-        for variant in variants:
+        for variant in itertools.takewhile(lambda _: not interrupted(), variants):
             bar.update(task, seen=f"{variant.group}: {variant.name}")
             measured = train(variant, data, seeds, experiment.every_epoch)
             for epoch, shares in enumerate(measured, 1):
                 bar.advance(task)
-                if shares is not None:
-                    rows.append(_row(variant, epoch, shares))
+                if shares:
+                    accuracy = {
+                        how: {"of_each_seed": each, "mean": statistics.fmean(each)}
+                        | {"min": min(each), "max": max(each)}
+                        for how, each in shares.items()
+                    }
+                    row = {"variant": dataclasses.asdict(variant), "epoch": epoch}
+                    rows.append(row | {"test_accuracy": accuracy})
                     common.write_json(file, content)
                 if interrupted():
                     break
-            if interrupted():
-                break
     if not rows:
         raise KeyboardInterrupt
     content["complete"] = not interrupted()
     common.write_json(file, content)
-    out.print(_table(experiment, rows, seeds))
-    out.print(experiment.paper)
+    out.print(_table(experiment, rows, seeds), experiment.paper, sep="\n")
     out.print("Other networks, other data: compare the order of rows, not values.")
     out.print(f"written: {file}")
-    if not content["complete"]:
+    if interrupted():
         out.print("interrupted: that is what was finished until then")
     return interrupted()
 
 
-def _row(variant: Variant, epoch: int, accuracies: "Accuracies") -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": dataclasses.asdict(variant), "epoch": epoch}
-    row["test_accuracy"] = {
-        how: {"of_each_seed": each, "mean": statistics.fmean(each)}
-        | {"min": min(each), "max": max(each)}
-        for how, each in accuracies._asdict().items()
-    }
-    return row
-
-
 def _table(experiment: Experiment, rows: list[dict[str, Any]], seeds: int) -> Any:
     """Return a line for each row, and a section for each group."""
-    from rich.table import Table
-
-    caption = f"test accuracy in %: mean (least–greatest) of {seeds} seeds"
-    table = Table("", title=experiment.title, caption=caption, box=None)
-    for heading in Accuracies._fields:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = common.table("", *HOW, title=experiment.title)
+    table.caption = f"test accuracy in %: mean (least–greatest) of {seeds} seeds"
     for group, members in itertools.groupby(rows, lambda row: row["variant"]["group"]):
         table.add_row(group, style="bold")
         for row in members:
@@ -253,14 +240,6 @@ def _table(experiment: Experiment, rows: list[dict[str, Any]], seeds: int) -> An
     return table
 
 
-class Accuracies(NamedTuple):
-    """On the test set, one number for each seed, by what normalizes."""
-
-    running: list[float]
-    recalibrated: list[float]
-    batch: list[float]
-
-
 def batches(labels: np.ndarray, variant: Variant, seed: int, epoch: int) -> np.ndarray:
     """Return the indices of one epoch: (steps, batch_size), none of them twice.
 
@@ -268,20 +247,20 @@ def batches(labels: np.ndarray, variant: Variant, seed: int, epoch: int) -> np.n
     """
     size, classes = variant.batch_size, variant.classes
     if classes is None:
-        from jaxbn.cli import digits
+        from jaxbn.cli import training
 
-        return digits.batches(len(labels), size, seed, epoch)
+        return training.batches(len(labels), size, seed, epoch)
     rng = np.random.default_rng([seed, epoch])
-    parts = []  # what one class adds to a batch
+    share = size // classes  # what one class adds to a batch
+    parts = []
     for label in rng.permutation(np.unique(labels)):
         order = rng.permutation(np.flatnonzero(labels == label))
-        steps = len(order) // (size // classes)
-        parts.append(order[: steps * (size // classes)].reshape(steps, -1))
+        parts.append(order[: len(order) // share * share].reshape(-1, share))
     # The parts lie class by class. A step takes them from places that are further apart
     # than any class is long, so that its classes differ.
     together = np.concatenate(parts)
     steps = len(together) // classes
-    together = together[: steps * classes].reshape(classes, steps, -1)
+    together = together[: steps * classes].reshape(classes, steps, share)
     together = together.transpose(1, 0, 2).reshape(steps, size)
     # And mixed within a step, for ghost batches.
     return rng.permuted(together[rng.permutation(steps)], axis=1)
@@ -307,7 +286,7 @@ def norm_layer(variant: Variant, updates: int) -> Any:
 
 def train(
     variant: Variant, digits: Any, seeds: int, every_epoch: bool
-) -> Iterator[Accuracies | None]:
+) -> Iterator[dict[str, list[float]] | None]:
     """Train one network for each seed from 0, and yield after every epoch.
 
     Networks of the same seed begin with the same weights, whatever the variant.
@@ -317,53 +296,36 @@ def train(
     """
     import optax
 
-    from jaxbn.cli import models
+    from jaxbn.cli import training
     from jaxbn.linen import recalibrate
 
     def indices(epoch: int) -> np.ndarray:
         each = (batches(digits.train_labels, variant, s, epoch) for s in range(seeds))
         return np.stack([*each])
 
-    images, labels, test_images, test_labels = map(jnp.asarray, digits)
+    images, test_images, labels, test_labels = map(jnp.asarray, digits)
     updates = variant.epochs * indices(0).shape[1]
-    model = models.MLP(norm=norm_layer(variant, updates))
-    rate: Any = variant.learning_rate
-    optimizer = optax.sgd(
-        optax.linear_schedule(rate, 0.0, updates) if variant.decay else rate
-    )
-
-    def start(key: jax.Array) -> Any:
-        variables: Any = model.init(key, images[: variant.batch_size], train=True)
-        return variables, optimizer.init(variables["params"])
-
-    def step(state: Any, batch: jax.Array) -> tuple[Any, None]:
-        variables, opt_state = state
-        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-
-        def mean_loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, stats = apply(variables | {"params": params}, images[batch])
-            each = optax.losses.softmax_cross_entropy_with_integer_labels
-            return each(logits, labels[batch]).mean(), stats
-
-        params = variables["params"]
-        grads, stats = jax.grad(mean_loss, has_aux=True)(params)
-        changes, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, changes)
-        return ({"params": params, **stats}, opt_state), None
+    model = training.MLP(norm=norm_layer(variant, updates))
+    rate = variant.learning_rate
+    rates = optax.linear_schedule(rate, 0.0 if variant.decay else rate, updates)
+    parts = model, optax.sgd(rates)
+    first = images[: variant.batch_size]
+    start = functools.partial(training.first_state, *parts, images=first)
+    step = functools.partial(training.next_state, *parts)
 
     def train_epoch(state: Any, batches: jax.Array) -> Any:
-        return jax.lax.scan(step, state, batches)[0]
+        def take(state: Any, batch: jax.Array) -> Any:
+            return step(state, images[batch], labels[batch])
 
-    def count_right(state: Any) -> tuple[jax.Array, ...]:
-        variables, _ = state
+        return jax.lax.scan(take, state, batches)[0]
 
-        def right(variables: Any) -> jax.Array:
-            logits: Any = model.apply(variables, test_images, train=False)
-            return jnp.sum(logits.argmax(-1) == test_labels)
-
+    def count_right(state: Any) -> list[jax.Array]:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
         # All in one batch: exact at every layer.
         exact = functools.partial(recalibrate, model, variables, train=False)
-        return right(variables), right(exact([images])), right(exact([test_images]))
+        states = state, *(state._replace(**exact([x])) for x in (images, test_images))
+        right = functools.partial(training.count_right, model)
+        return [right(each, test_images, test_labels) for each in states]
 
     next_epoch = jax.jit(jax.vmap(train_epoch), donate_argnums=0)
     num_right = jax.jit(jax.vmap(count_right))
@@ -373,7 +335,7 @@ def train(
         states = next_epoch(states, jnp.asarray(indices(epoch)))
         jax.block_until_ready(states)  # for the progress bar
         if every_epoch or epoch == variant.epochs - 1:
-            shares = np.asarray(num_right(states)) / len(test_labels)
-            yield Accuracies(*shares.tolist())
+            shares = np.asarray(num_right(states)) / len(digits.test_labels)
+            yield dict(zip(HOW, shares.tolist(), strict=True))
         else:
             yield None

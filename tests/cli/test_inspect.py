@@ -11,9 +11,8 @@ from flax import serialization
 from runs import checkpoint, files, refusal, train
 
 from jaxbn.__main__ import main
-from jaxbn.cli import digits
-from jaxbn.cli.checkpoints import Checkpoints
-from jaxbn.cli.training import Mesh, Trainer
+from jaxbn.cli.session import Checkpoints
+from jaxbn.cli.training import Mesh, Trainer, load_digits
 
 LAYERS = [f"BatchNorm_{i}" for i in range(3)]
 
@@ -53,7 +52,7 @@ def figures(file: Path) -> dict:
 
 def spoil(run: Path, folder: Path, name: str, how: str) -> None:
     """Write a run again, with other statistics in one layer."""
-    kept, data = Checkpoints(run), digits.load()
+    kept, data = Checkpoints(run), load_digits()
     settings, seen = kept.load()
     mesh = Mesh(jax.local_devices()[:1])
     trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
@@ -75,7 +74,7 @@ def test_command_names_the_spoiled_layer_first(run, tmp_path, capsys, name, how)
     spoil(run, tmp_path, name, how)
     assert look(tmp_path) == 0
     out = capsys.readouterr().out
-    assert f"worst: {name}, " in out
+    assert f"{name}: running statistics " in out
     assert "healthy" not in out
     assert out.index(name) < min(out.index(x) for x in LAYERS if x != name)
     content = figures(tmp_path / "jaxbn.inspect.json")

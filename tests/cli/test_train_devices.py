@@ -13,9 +13,8 @@ import runs
 from cases import FUSES_SUMS
 from runs import checkpoint, metrics, steps, train
 
-from jaxbn.cli import digits
 from jaxbn.cli.train import DEFAULTS, NORMS
-from jaxbn.cli.training import Mesh, Settings, Trainer
+from jaxbn.cli.training import Mesh, Settings, Trainer, load_digits
 
 # 2 epochs of 22 steps.
 SHORT = ("--model", "mlp", "--norm", "jaxbn", "--batch-size", 64, "--epochs", 2)
@@ -90,7 +89,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 def test_convolutions_begin_the_same():
     settings = Settings("cnn", "digits", NORMS[:1], seed=0, **DEFAULTS["cnn"])
-    data, trainers = digits.load(), []
+    data, trainers = load_digits(), []
     for count in (1, 8):
         mesh = Mesh(jax.devices()[:count])
         trainer = Trainer(settings, "jaxbn", data, mesh)

@@ -10,8 +10,8 @@ FLOOR_IN_COPIES = 4
 
 # One call of "chain" is forward+backward of so many layers in one program.
 CHAIN_LAYERS = 8
-MODES = ("forward", "forward+backward", "inference", "chain")
-GRADIENT_MODES = ("forward+backward", "chain")
+INFERENCE = "inference"  # the one mode without gradients
+MODES = ("forward+backward", INFERENCE, "chain")
 DTYPES = ("float32", "bfloat16")
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jaxbn
 
 OURS = "jaxbn"  # among the peers, and always measured
+COPY = "copy"  # the yardstick beside them
 OPTIONS: dict[str, Any] = {"momentum": 0.9, "epsilon": 1e-5}
 
 
