@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -147,7 +148,10 @@ def write(path: Path, data: bytes) -> None:
     """Replace a file in one step: whenever we are killed, it is the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # half a file may be what fills the disk
