@@ -144,6 +144,7 @@ def assert_same_end(folder: Path, other: Path, *flags: object) -> None:
 # at its end, before the last step; and in the writing of two checkpoints.
 
 
+@pytest.mark.processes
 def test_run_that_was_stopped_before_a_step_ends_in_the_same_bits(
     short_run, tmp_path, monkeypatch, capsys
 ):
@@ -164,6 +165,7 @@ def test_run_that_was_stopped_before_a_step_ends_in_the_same_bits(
     assert_same_end(folder, short_run, *SHORT)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("number", "step"),
     [
@@ -204,6 +206,7 @@ sys.addaudithook(watch)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("call", "step"), [(1, 0), (3, 0), (5, 23)])
 def test_run_that_was_killed_in_a_write_ends_in_the_same_bits(
     call, step, short_run, tmp_path
@@ -247,6 +250,7 @@ def test_run_that_was_killed_50_times_ends_in_the_same_bits(tmp_path):
     assert_same_bits(folder, tmp_path / "whole")
 
 
+@pytest.mark.processes
 def test_real_ctrl_c_leaves_a_run_that_can_be_read(tmp_path):
     folder = tmp_path / "run"
     process = start("", "--model", "mlp", "--epochs", 10**6, "--out", folder)
@@ -458,6 +462,7 @@ def can_mount() -> bool:
         return False
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not can_mount(), reason="needs `unshare` and leave to mount")
 def test_disk_that_is_full_and_then_read_only(tmp_path):
     """On a file system of its own: root may write to any folder of another."""
@@ -549,6 +554,7 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out.startswith("jaxbn 0")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_stdout_that_is_full_or_broken(tmp_path):
     words = [sys.executable, "-m", "jaxbn", "train", "--out", str(tmp_path / "run")]

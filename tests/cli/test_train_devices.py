@@ -16,6 +16,8 @@ from runs import checkpoint, metrics, steps, train
 from jaxbn.cli.train import DEFAULTS, NORMS
 from jaxbn.cli.training import Mesh, Settings, Trainer, load_digits
 
+pytestmark = pytest.mark.processes
+
 # 2 epochs of 22 steps.
 SHORT = ("--model", "mlp", "--norm", "jaxbn", "--batch-size", 64, "--epochs", 2)
 ENDLESS = (*SHORT[:-1], 10**6)
