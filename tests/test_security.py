@@ -147,6 +147,7 @@ def watched(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.processes
 def test_commands_unpickle_nothing_and_call_nobody(tmp_path):
     done = watched(COMMANDS, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,9 @@ def whole(gradient, kind, where):
 @pytest.mark.parametrize("grouped", [False, True], ids=["one batch", "two groups"])
 @pytest.mark.parametrize("params_axis", [None, 0], ids=["replicated", "varying"])
 @pytest.mark.parametrize("where", ["outside", "inside"])
-@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
+@pytest.mark.parametrize(
+    "derivative", ["vjp", pytest.param("jvp", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_whole_batch(kind, derivative, where, params_axis, grouped):
     f = program(kind, where, derivative, grouped, params_axis)

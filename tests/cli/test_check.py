@@ -10,6 +10,7 @@ from jaxbn._core import kernel
 from jaxbn.cli import check
 
 
+@pytest.mark.exhaustive
 def test_all_is_well_on_eight_devices(tmp_path, capsys):
     file = tmp_path / "new" / "check.json"
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

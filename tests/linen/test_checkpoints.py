@@ -104,8 +104,14 @@ def shapes_of(tree):
 @both_formats
 @pytest.mark.parametrize(
     "net",
-    [ours(), ours(debias=True), ours(momentum=None), ours(BatchRenorm)],
-    ids=["plain", "debias", "cumulative", "renorm"],
+    [
+        pytest.param(ours(), id="plain"),
+        pytest.param(ours(debias=True), id="debias", marks=pytest.mark.exhaustive),
+        pytest.param(
+            ours(momentum=None), id="average", marks=pytest.mark.exhaustive
+        ),
+        pytest.param(ours(BatchRenorm), id="renorm"),
+    ],
 )
 def test_training_goes_on(net, format_, tmp_path):
     """What is restored, into shapes alone, trains on to the same bits."""
