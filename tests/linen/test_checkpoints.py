@@ -107,9 +107,7 @@ def shapes_of(tree):
     [
         pytest.param(ours(), id="plain"),
         pytest.param(ours(debias=True), id="debias", marks=pytest.mark.exhaustive),
-        pytest.param(
-            ours(momentum=None), id="average", marks=pytest.mark.exhaustive
-        ),
+        pytest.param(ours(momentum=None), id="average", marks=pytest.mark.exhaustive),
         pytest.param(ours(BatchRenorm), id="renorm"),
     ],
 )
