@@ -127,26 +127,15 @@ def haiku_trees():
     }
 
 
-class EquinoxState:
-    """As `equinox.nn.State`, with the indices of a layer for keys."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def get(self, index):
-        return self.values[index]
-
-    def set(self, index, value):
-        return EquinoxState(self.values | {index: value})
-
-
 def equinox_layer():
     """As `equinox.nn.BatchNorm`, and its state."""
     layer = types.SimpleNamespace(mode="batch", momentum=0.9)
     layer.weight, layer.bias = f32(5), f32(5)
     layer.batch_state_index, layer.batch_counter = "averages", "counter"
     values = {"averages": (f32(5), f32(5)), "counter": np.int32(3)}
-    return {"layer": layer, "layer_state": EquinoxState(values)}
+    layer_state = types.SimpleNamespace(get=values.__getitem__)
+    layer_state.set = lambda index, value: layer_state
+    return {"layer": layer, "layer_state": layer_state}
 
 
 PAIR = ("layer", "norm")
@@ -473,7 +462,8 @@ check("conv_transpose", wrong_type("must be an iterable of names; got", WORD, No
 check("conv_transpose", wrong_value("`names` .*but not named: nowhere", ["nowhere"]))
 check("convert.from_keras.layer", wrong_value("`layer`, built, .*missing", None, 1))
 check("layer", wrong_type("must be an equinox.nn.BatchNorm; got", None, object()))
-check("layer_state", wrong_type("must .* knows `layer`", EquinoxState({}), None, {}))
+EMPTY = types.SimpleNamespace(get={}.__getitem__)
+check("layer_state", wrong_type("must be .* that knows `layer`; got", EMPTY, None, {}))
 check("haiku_params", wrong_type(r".*\['norm'\]` must be a mapping", {"norm": 1}))
 check("haiku_params", wrong_type(".*scale as .*floats", {"norm": {"scale": WORD}}))
 check("haiku_state", wrong_value(".*'norm' must be .*missing: mean_ema", {}))
