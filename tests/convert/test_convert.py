@@ -329,15 +329,6 @@ def test_load_names_all_that_is_wrong_at_once(recording, fresh):
     }
 
 
-def test_load_refuses_other_things(recording, fresh):
-    weights = state_dict(recording, "before")
-    with pytest.raises(ValueError, match=r'must hold "params" or "batch_stats".*stem'):
-        load(weights, fresh["params"])
-    for args in ([list(weights), fresh, NAMES], [weights, fresh, list(NAMES)]):
-        with pytest.raises(TypeError, match="must be a mapping; got list"):
-            convert.load_torch(*args)
-
-
 def test_load_into_metadata_boxes_and_a_bare_layer():
     """Partitioned parameters keep their boxes; a single layer is called ""."""
     kernel_init = nn.with_partitioning(nn.initializers.zeros, ("in", "out"))
@@ -352,35 +343,8 @@ def test_load_into_metadata_boxes_and_a_bare_layer():
     np.testing.assert_array_equal(kernel.value, weight.T)
 
 
-def test_load_into_nnx(recording):
-    """Through plain dictionaries, which NNX gives and takes."""
-    from flax import nnx
-
-    model = nnx.Sequential(
-        nnx.Conv(3, 8, (3, 3), padding=1, use_bias=False, rngs=nnx.Rngs(0)),
-        nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
-    )
-    params, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-    variables = {
-        "params": nnx.to_pure_dict(params),
-        "batch_stats": nnx.to_pure_dict(statistics),
-    }
-    weights = state_dict(recording, "before")
-    weights = {k: v for k, v in weights.items() if k.split(".")[0] in ("0", "1")}
-    names = {"0": "layers/0", "1": "layers/1"}
-    loaded = convert.load_torch(weights, variables, names)
-    nnx.replace_by_pure_dict(params, loaded["params"])
-    nnx.replace_by_pure_dict(statistics, loaded["batch_stats"])
-    nnx.update(model, params, statistics)
-    np.testing.assert_array_equal(model.layers[1].mean[...], weights["1.running_mean"])
-    np.testing.assert_array_equal(
-        model.layers[0].kernel[...], weights["0.weight"].transpose(2, 3, 1, 0)
-    )
-
-
 @pytest.mark.peers
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("rank", "groups"), [(1, 4), (2, 1), (3, 2)])
 def test_convolutions_of_any_rank(rank, groups, lenient):
     """Grouped up to depthwise, dilated, strided, beside PyTorch."""
     torch = pytest.importorskip("torch")
@@ -399,9 +363,10 @@ def test_convolutions_of_any_rank(rank, groups, lenient):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("features", [4, 3])
-@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "features", "transpose_kernel"),
+    [(1, 4, False), (2, 3, False), (3, 4, True), (2, 3, True)],
+)
 def test_transposed_convolutions(rank, features, transpose_kernel, lenient):
     torch = pytest.importorskip("torch")
     theirs = getattr(torch.nn, f"ConvTranspose{rank}d")(4, features, 3, stride=2)
@@ -511,23 +476,8 @@ def test_errors_name_all_that_is_wrong():
     whole["net.bn.num_batches_tracked"] = np.ones(2, int)
     with pytest.raises(ValueError, match=r"under 'net\.bn' must hold num_batches"):
         convert.from_torch(whole, name="net.bn")
-    layer = types.SimpleNamespace(
-        gamma=None, beta=None, moving_mean=None, moving_variance=None
-    )
-    with pytest.raises(ValueError, match="missing: moving_mean, moving_variance"):
-        convert.from_keras(layer)
-    layer.renorm = True
     with pytest.raises(ValueError, match=r"`renorm=False`, .*jaxbn\.batch_renorm"):
-        convert.from_keras(layer)
-    with pytest.raises(ValueError, match="called 'net/norm' must be a batch norm"):
-        convert.from_haiku({}, {}, name="net/norm")
-    with pytest.raises(TypeError, match=r"must be an equinox.nn.BatchNorm; got object"):
-        convert.from_equinox(object(), object())
-    params, state = jaxbn.init(5)
-    with pytest.raises(TypeError, match=r"`params` must be a jaxbn.Params; got State"):
-        convert.to_torch(state, params)
-    with pytest.raises(TypeError, match=r"`state` must be a jaxbn.State; got tuple"):
-        convert.to_keras(params, tuple(state))
+        convert.from_keras(types.SimpleNamespace(renorm=True))
 
 
 def test_import_brings_no_framework():
@@ -601,7 +551,7 @@ def test_torch_without_statistics():
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_torch_dtypes_there_and_back(dtype):
     torch = pytest.importorskip("torch")
     layer = torch.nn.BatchNorm1d(FEATURES).to(getattr(torch, dtype))
@@ -619,8 +569,7 @@ def test_torch_dtypes_there_and_back(dtype):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("axis", "affine"), [(-1, True), (1, False)])
 def test_keras(axis, affine, lenient, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras")
@@ -657,13 +606,12 @@ def test_keras(axis, affine, lenient, monkeypatch):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("affine", [True, False])
-def test_haiku(data_format, affine, lenient):
+@pytest.mark.parametrize(("axis", "affine"), [(-1, True), (1, False)])
+def test_haiku(axis, affine, lenient):
     hk = pytest.importorskip("haiku")
-    axis = -1 if data_format == "channels_last" else 1
 
     def net(x, is_training):
+        data_format = "channels_last" if axis == -1 else "channels_first"
         norm = hk.BatchNorm(affine, affine, 0.9, data_format=data_format)
         return norm(x, is_training)
 
@@ -710,29 +658,22 @@ def test_haiku(data_format, affine, lenient):
 @pytest.mark.peers
 def test_haiku_features_on_several_axes(lenient):
     hk = pytest.importorskip("haiku")
-    init, apply = hk.without_apply_rng(
-        hk.transform_with_state(
-            lambda x, t: hk.BatchNorm(True, True, 0.9, axis=[0])(x, t)
-        )
-    )
+
+    def net(x, is_training):
+        return hk.BatchNorm(True, True, 0.9, axis=[0])(x, is_training)
+
+    init, apply = hk.without_apply_rng(hk.transform_with_state(net))
     x = batches(1, -1)[0]
     haiku_params, haiku_state = init(None, x, True)
-    params, state = convert.from_haiku(
-        *apply_training(apply, haiku_params, haiku_state, x)
-    )
+    want, haiku_state = apply(haiku_params, haiku_state, x, True)
+    params, state = convert.from_haiku(haiku_params, haiku_state)
     assert state.mean.shape == (3, 3, FEATURES)
-    axis = (1, 2, 3)
-    y, _ = jaxbn.batch_norm(x, params, state, train=True, axis=axis)
-    close(y, apply(haiku_params, haiku_state, x, True)[0])
-
-
-def apply_training(apply, haiku_params, haiku_state, x):
-    return haiku_params, apply(haiku_params, haiku_state, x, True)[1]
+    y, _ = jaxbn.batch_norm(x, params, state, train=True, axis=(1, 2, 3))
+    close(y, want)
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("mode", ["batch", "ema"])
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("mode", "affine"), [("batch", True), ("ema", False)])
 def test_equinox(mode, affine, lenient):
     eqx = pytest.importorskip("equinox")
 
@@ -787,15 +728,11 @@ def test_equinox(mode, affine, lenient):
         convert.to_equinox(*jaxbn.init(4), layer, layer_state)
 
 
-def test_a_state_goes_through_every_library():
+def test_keras_and_haiku_and_back():
     """With no peer there: what is written can be read."""
     scale, bias, mean, var = draw()
     params = Params(jnp.asarray(scale), jnp.asarray(bias))
     state = State(jnp.asarray(mean), jnp.asarray(var), jnp.int32(3))
-    there = convert.to_torch(params, state)
-    jax.tree.map(
-        np.testing.assert_array_equal, convert.from_torch(there), (params, state)
-    )
     words = ("gamma", "beta", "moving_mean", "moving_variance")
     weights = dict(zip(words, convert.to_keras(params, state), strict=True))
     there = types.SimpleNamespace(**weights)

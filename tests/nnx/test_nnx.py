@@ -4,7 +4,6 @@ import functools
 import inspect
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +36,18 @@ def statistics(norm):
     return norm.mean[...], norm.var[...]
 
 
+def pure(model, *filters):
+    """Copies of its arrays, in dictionaries."""
+    return jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(model, *filters)))
+
+
+def assert_statistics(norm, x, mask=None):
+    """They are those of x."""
+    _, mean, var = oracle.moments(x, mask=mask)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+
+
 # --- As in flax.nnx -----------------------------------------------------------------
 
 
@@ -57,6 +68,8 @@ def test_arguments_of_renorm_are_those_of_batch_norm_and_its_limits(monkeypatch)
     del plain["ghost_batch_size"]  # its statistics are those of the whole batch
     assert list(renorm) == [*list(plain)[:2], "r_max", "d_max", *list(plain)[2:]]
     assert plain.items() <= renorm.items()
+    limits = jaxbn.linen.BatchRenorm.r_max, jaxbn.linen.BatchRenorm.d_max
+    assert (renorm["r_max"].default, renorm["d_max"].default) == limits
 
     given, got = {name: object() for name in plain if name != "self"}, {}
     monkeypatch.setattr(
@@ -70,9 +83,14 @@ def test_arguments_of_renorm_are_those_of_batch_norm_and_its_limits(monkeypatch)
     assert got == given
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("use_scale", [False, True])
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("use_scale", "use_bias", "param_dtype"),
+    [
+        (True, True, jnp.bfloat16),
+        (False, True, jnp.float32),
+        (True, False, jnp.float32),
+    ],
+)
 def test_variables_and_draws_are_flax_variables_and_draws(
     use_scale, use_bias, param_dtype
 ):
@@ -105,13 +123,11 @@ def test_update_count_only_where_a_mode_needs_it(kwargs):
     assert not hasattr(make(4), "num_updates")
     norm, x = make(4, **kwargs), draw(8, 4, mean=9)
     assert isinstance(norm.num_updates, nnx.BatchStat)
-    norm(x)
-    assert norm.num_updates[...] == 1
-    _, mean, var = oracle.moments(x)
-    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
-    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+    for _ in range(2):  # without a start at 0
+        norm(x)
+        assert_statistics(norm, x)
     norm(x, use_running_average=True)
-    assert norm.num_updates[...] == 1
+    assert norm.num_updates[...] == 2
 
 
 def test_state_of_flax_module_loads_and_the_reverse():
@@ -141,10 +157,6 @@ class TestUseRunningAverage:
         norm = make(4, use_running_average=None)
         with pytest.raises(ValueError, match=r"constructor.*call.*nnx\.view"):
             norm(draw(8, 4))
-
-    def test_traced(self):
-        with pytest.raises(TypeError, match="`use_running_average` must be a Python"):
-            nnx.jit(lambda m, flag: m(draw(8, 4), flag))(make(4), True)
 
     def test_train_eval_view(self):
         norm, x = make(4), draw(8, 4, mean=5)
@@ -224,90 +236,60 @@ def random_like(variables, seed=0):
     return jax.tree.map(value, variables)
 
 
-def linen_steps(norm, variables, x, mask, dy):
+def steps(apply, params, x, dy):
     """(y, batch_stats, (params' gradients, dx)), in training and in inference."""
 
-    @jax.jit
-    def steps(variables, x, dy):
-        def step(use_running_average):
-            def apply(params, x):
-                y, updates = norm.apply(
-                    variables | {"params": params},
-                    x,
-                    use_running_average,
-                    mask=mask,
-                    mutable=["batch_stats"],
-                )
-                return y, updates["batch_stats"]
+    def step(params, x, dy, use_running_average):
+        in_mode = functools.partial(apply, use_running_average)
+        y, vjp, stats = jax.vjp(in_mode, params, x, has_aux=True)
+        return y, stats, vjp(dy.astype(y.dtype))
 
-            params = variables.get("params", {})
-            y, vjp, stats = jax.vjp(apply, params, x, has_aux=True)
-            return y, stats, vjp(dy.astype(y.dtype))
-
-        return step(False), step(True)
-
-    return steps(variables, x, dy)
-
-
-def nnx_steps(norm, variables, x, mask, dy):
-    """The same of an NNX module with these variables."""
-    for name, value in (variables["batch_stats"] | variables.get("params", {})).items():
-        getattr(norm, name).set_value(value)
-    graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
-
-    @jax.jit
-    def steps(params, rest, x, dy):
-        def step(use_running_average):
-            def apply(params, x):
-                model = nnx.merge(graphdef, params, rest, copy=True)
-                y = model(x, use_running_average, mask=mask)
-                return y, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-            y, vjp, stats = jax.vjp(apply, params, x, has_aux=True)
-            dparams, dx = vjp(dy.astype(y.dtype))
-            return y, stats, (nnx.to_pure_dict(dparams), dx)
-
-        return step(False), step(True)
-
-    return steps(params, rest, x, dy)
+    both = jax.jit(lambda *args: (step(*args, False), step(*args, True)))
+    return both(params, x, dy)
 
 
 def check_bits(kwargs, num_features, x, mask, dy, cls="BatchNorm"):
     linen_norm = getattr(jaxbn.linen, cls)(**kwargs)
-    norm = make(num_features, getattr(jaxbn.nnx, cls), **kwargs)
     shapes = jax.eval_shape(lambda: linen_norm.init(jax.random.key(0), x, False))
     variables = random_like(shapes)
-    want = linen_steps(linen_norm, variables, x, mask, dy)
-    got = nnx_steps(norm, variables, x, mask, dy)
+
+    def of_linen(use_running_average, params, x):
+        now = variables | {"params": params}
+        args = (x, use_running_average)
+        y, updates = linen_norm.apply(now, *args, mask=mask, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    def of_nnx(use_running_average, params, x):
+        norm = make(num_features, getattr(jaxbn.nnx, cls), **kwargs)
+        for name, value in (variables["batch_stats"] | params).items():
+            getattr(norm, name).set_value(value)
+        y = norm(x, use_running_average, mask=mask)
+        return y, nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat))
+
+    params = variables.get("params", {})
+    want, got = (steps(apply, params, x, dy) for apply in (of_linen, of_nnx))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 
 
-BITS = [
-    case
-    for case in CASES
-    if case.name
-    in (
-        "matrix",
-        "zero rows",
-        "no scale",
-        "no parameters",
-        "sequence",
-        "channel first",
-        "two feature axes, apart",
-        "mask elements",
-        "mask images",
-        "mask everything",
-    )
-]
+BITS = {
+    "zero rows": jnp.float32,
+    "no scale": jnp.bfloat16,
+    "no parameters": jnp.float32,
+    "channel first": jnp.float32,
+    "two feature axes, apart": jnp.bfloat16,
+    "mask elements": jnp.bfloat16,
+    "mask images": jnp.float32,
+    "mask everything": jnp.float32,
+}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("case", BITS, **case_ids)
-def test_the_bits_of_linen(case, dtype):
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in BITS], **case_ids)
+def test_the_bits_of_linen(case):
     """y, statistics and gradients, in training and inference, at default arguments."""
+    dtype = BITS[case.name]
     x, _, _, mask, dy = case.draw(dtype)
     kwargs = {
         "axis": case.axis,
@@ -320,12 +302,10 @@ def test_the_bits_of_linen(case, dtype):
 @pytest.mark.parametrize(
     ("kwargs", "x_dtype"),
     [
-        ({"dtype": jnp.bfloat16}, jnp.bfloat16),
         ({"dtype": jnp.bfloat16}, jnp.float32),
         ({"dtype": jnp.float32}, jnp.bfloat16),
         ({"param_dtype": jnp.bfloat16}, jnp.bfloat16),
         ({"param_dtype": jnp.bfloat16}, jnp.float32),
-        ({"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}, jnp.float32),
         ({"dtype": jnp.complex64}, jnp.float32),
         ({"debias": True, "running_variance": "unbiased"}, jnp.float32),
         ({"momentum": None, "derivative": "jvp", "epsilon": 1e-3}, jnp.float32),
@@ -340,8 +320,7 @@ def test_the_bits_of_linen_with(kwargs, x_dtype):
 
 def test_the_bits_of_linen_in_renorm():
     x, dy = draw(8, 5, mean=100), draw(8, 5, seed=1)
-    for kwargs in ({}, {"r_max": 3.0, "d_max": 5.0}):
-        check_bits(kwargs, 5, x, None, dy, "BatchRenorm")
+    check_bits({"r_max": 3.0, "d_max": 5.0}, 5, x, None, dy, "BatchRenorm")
 
 
 def test_integers_give_the_bits_of_linen():
@@ -349,11 +328,6 @@ def test_integers_give_the_bits_of_linen():
     linen_norm = jaxbn.linen.BatchNorm(False)
     y, _ = linen_norm.init_with_output(jax.random.key(0), x)
     np.testing.assert_array_equal(jax.jit(lambda x: make(4)(x))(x), y)
-
-
-def test_ghosts_are_no_renorm():
-    with pytest.raises(TypeError, match=r"unexpected .* 'ghost_batch_size'"):
-        make(4, BatchRenorm, ghost_batch_size=4)
 
 
 # --- Transformations of NNX -----------------------------------------------------------
@@ -380,33 +354,56 @@ def lax_ranks():
 def assert_same_state(a, b, rtol=1e-5):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6),
-        nnx.to_pure_dict(nnx.state(a)),
-        nnx.to_pure_dict(nnx.state(b)),
+        pure(a),
+        pure(b),
     )
+
+
+def make_stack(**kwargs):
+    """Three blocks, whose arrays have one more axis, the first."""
+    create = nnx.vmap(lambda rngs: Block(rngs, **kwargs), in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=3)(create)(nnx.Rngs(0))
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def in_turn(block, x):
+    return block(x)
+
+
+def check_layers(layers, batches, sequential=False):
+    """All outputs of (kernel, mean, variance) in turn; the two by the oracle.
+
+    They are those of all batches; `sequential` normalizes by them, not by each one.
+    """
+    for kernel, mean, var in layers:
+        batches = [h @ np.asarray(kernel, np.float64) for h in np.float64(batches)]
+        _, want_mean, want_var = oracle.moments(np.concatenate(batches))
+        np.testing.assert_allclose(mean, want_mean, 1e-4, 1e-5)
+        np.testing.assert_allclose(var, want_var, 1e-4)
+        batches = [
+            oracle.normalize(h, want_mean, want_var)
+            if sequential
+            else oracle.forward(h)
+            for h in batches
+        ]
+        batches = np.tanh(batches)
+    return np.concatenate(batches)
+
+
+def layers_of(stack):
+    norm = stack.norm
+    arrays = stack.linear.kernel[...], norm.mean[...], norm.var[...]
+    return zip(*arrays, strict=True)
 
 
 @pytest.mark.usefixtures("lax_ranks")
 class TestTransformations:
-    @pytest.mark.parametrize("kwargs", [{}, {"debias": True}], ids=str)
-    def test_jit_and_split_and_merge(self, kwargs):
+    def test_jit(self):
         x = draw(8, 4, mean=3)
-        eager, jitted = (Block(nnx.Rngs(0), **kwargs) for _ in range(2))
-        y = eager(x)
-        np.testing.assert_allclose(
-            nnx.jit(lambda m, x: m(x))(jitted, x), y, rtol=1e-5, atol=1e-5
-        )
+        eager, jitted = (Block(nnx.Rngs(0), debias=True) for _ in range(2))
+        y = nnx.jit(lambda m, x: m(x))(jitted, x)
+        np.testing.assert_allclose(y, eager(x), rtol=1e-5, atol=1e-5)
         assert_same_state(eager, jitted)
-
-        @jax.jit
-        def step(state, x):  # JAX's own jit, over the state
-            model = nnx.merge(graphdef, state)
-            return model(x), nnx.state(model)
-
-        graphdef, state = nnx.split(Block(nnx.Rngs(0), **kwargs))
-        y2, state2 = step(state, x)
-        np.testing.assert_allclose(y2, y, rtol=1e-5, atol=1e-5)
-        assert_same_state(nnx.merge(graphdef, state2), eager)
-        assert jax.tree.structure(state2) == jax.tree.structure(state)
 
     def test_a_scan_over_steps_with_donated_state(self):
         graphdef, state = nnx.split(make(4, momentum=0.5, debias=True))
@@ -417,12 +414,11 @@ class TestTransformations:
             y = model(x)
             return nnx.state(model), y
 
-        state, _ = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs), donate_argnums=0)(
-            state, xs
-        )
+        scan = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs), donate_argnums=0)
+        state, ys = scan(state, xs)
         one_by_one = make(4, momentum=0.5, debias=True)
-        for x in xs:
-            one_by_one(x)
+        for x, y in zip(xs, ys, strict=True):
+            np.testing.assert_allclose(y, one_by_one(x), rtol=1e-5, atol=1e-5)
         assert_same_state(nnx.merge(graphdef, state), one_by_one)
         assert one_by_one.num_updates[...] == 5
 
@@ -442,7 +438,7 @@ class TestTransformations:
             (dx, gradients["scale"][...], gradients["bias"][...]), desired, strict=True
         ):
             assert_close(got, want, x.dtype, 8)
-        np.testing.assert_allclose(norm.mean[...], x.mean(0), rtol=1e-5)
+        assert_statistics(norm, x)
 
     def test_forward_mode(self):
         x = draw(8, 4)
@@ -471,46 +467,22 @@ class TestTransformations:
         plain, remat = Block(nnx.Rngs(0)), Remat(nnx.Rngs(0))
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-            nnx.to_pure_dict(step(remat)),
-            nnx.to_pure_dict(step(plain)),
+            pure(step(remat)),
+            pure(step(plain)),
         )
         assert_same_state(plain, remat)
         assert (plain.norm.mean[...] != 0).all()
 
     def test_scan_over_layers(self):
-        x = draw(8, 4, mean=3)
-
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def create(rngs):
-            return Block(rngs, momentum=None)
-
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def apply(block, x):
-            return block(x)
-
-        stack = create(nnx.Rngs(0))
+        stack, x = make_stack(momentum=None), draw(8, 4, mean=3)
         assert stack.norm.mean.shape == (3, 4)
         assert stack.norm.num_updates.shape == (3,)
-        y = nnx.jit(apply)(stack, x)
-        h = np.asarray(x, np.float64)
-        for i in range(3):
-            h = h @ np.asarray(stack.linear.kernel[i], np.float64)
-            _, mean, var = oracle.moments(h)
-            np.testing.assert_allclose(stack.norm.mean[i], mean, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(stack.norm.var[i], var, rtol=1e-4)
-            h = np.tanh(oracle.forward(h))
-        np.testing.assert_allclose(y, h, rtol=1e-3, atol=1e-4)
+        y = nnx.jit(in_turn)(stack, x)
+        want = check_layers(layers_of(stack), [x])
+        np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-4)
 
     def test_vmap_over_models_and_over_a_shared_one(self):
-        xs = draw(3, 8, 4, mean=3)
-
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def create(rngs):
-            return Block(rngs)
-
-        models = create(nnx.Rngs(0))
+        models, xs = make_stack(), draw(3, 8, 4, mean=3)
         y = nnx.jit(nnx.vmap(lambda m, x: m(x)))(models, xs)
         for i in range(3):
             h = np.asarray(xs[i], np.float64) @ models.linear.kernel[i]
@@ -583,8 +555,11 @@ def explicit_mesh(**axes):
 
 
 class TestDevices:
-    @pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P("d", "e")], ids=str)
-    @pytest.mark.parametrize("use_running_average", [False, True])
+    @pytest.mark.parametrize(
+        ("spec", "use_running_average"),
+        [(P("d"), False), (P(None, "d"), True), (P("d", "e"), False)],
+        ids=str,
+    )
     def test_explicit_mesh(self, spec, use_running_average):
         """With sharded features, where Flax's module fails."""
         x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
@@ -627,8 +602,7 @@ class TestDevices:
             plain(x)
             assert_same_state(norm, plain)
 
-    @pytest.mark.parametrize("check_vma", [True, False])
-    def test_shard_map(self, check_vma):
+    def test_shard_map(self):
         """Devices with unequal masks are one batch; gradients included."""
         x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
         mask = np.arange(8)[:, None] % 3 > 0
@@ -646,7 +620,6 @@ class TestDevices:
             mesh=jax.make_mesh((4,), ("d",), (AxisType.Auto,)),
             in_specs=(P(), P(), P("d"), P("d")),
             out_specs=(P("d"), P()),
-            check_vma=check_vma,
         )
 
         @jax.jit
@@ -685,14 +658,6 @@ class TestDevices:
 class TestFlaxDefects:
     """Each of these goes wrong with flax.nnx.BatchNorm (FLAX.md, by number)."""
 
-    def test_1_unequal_masks_over_devices(self):
-        x = jnp.array([[[1.0], [2.0], [3.0], [4.0]], [[0.0], [9.0], [9.0], [9.0]]])
-        mask = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]])[..., None]
-        norm = make(1, momentum=0.0, axis_name="d")
-        f = nnx.vmap(lambda m, x, k: m(x, mask=k), in_axes=(None, 0, 0), axis_name="d")
-        nnx.jit(f)(norm, x, mask)
-        np.testing.assert_allclose(norm.mean[...], [2.0])
-
     def test_2_nan_padding(self):
         x = jnp.array([[1.0, 2.0], [3.0, 5.0], [jnp.nan, jnp.nan]])
         mask = jnp.array([[True], [True], [False]])
@@ -704,40 +669,12 @@ class TestFlaxDefects:
         leaves = jax.tree.leaves((gradients, nnx.state(norm)))
         assert all(jnp.isfinite(a).all() for a in leaves)
 
-    def test_3_large_mean(self):
-        x = draw(4096, 4, mean=1e4)
-        norm = make(4, momentum=0.0)
-        y = norm(x)
-        _, _, var = oracle.moments(x)
-        np.testing.assert_allclose(norm.var[...], var, rtol=1e-3)
-        np.testing.assert_allclose(y.std(0), 1, rtol=1e-3)
-
-    def test_4_nothing_to_count_or_not_finite(self):
-        norm = make(4)
-        for x, mask in [
-            (jnp.ones((8, 4)), jnp.zeros((8, 1))),
-            (jnp.ones((0, 4)), None),
-            (jnp.full((8, 4), jnp.nan), None),
-        ]:
-            norm(x, mask=mask)
-            np.testing.assert_array_equal(norm.mean[...], 0)
-            np.testing.assert_array_equal(norm.var[...], 1)
-
     def test_5_state_keeps_its_dtype(self):
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
             for dtype in (jnp.float64, jnp.bfloat16):
                 norm = make(4, param_dtype=dtype)
                 nnx.jit(lambda m, x: m(x))(norm, draw(8, 4).astype(dtype))
                 assert [a.dtype for a in statistics(norm)] == [jnp.float32] * 2
-
-    def test_6_the_statistics_are_constants(self):
-        norm, x = make(4), draw(8, 4)
-
-        def loss(norm, x):
-            norm(x)
-            return norm.mean[0] + norm.var[0]
-
-        np.testing.assert_array_equal(nnx.grad(loss, argnums=1)(norm, x), 0)
 
     def test_7_dtype_rounds_no_statistics(self):
         """Nor x, which at mean 100 has but a bit or two behind the point."""
@@ -759,62 +696,30 @@ class TestFlaxDefects:
         x = jax.lax.complex(draw(8, 4, mean=1), draw(8, 4, seed=1))
         for kwargs in ({"param_dtype": jnp.complex64}, {"dtype": jnp.complex64}):
             norm = make(4, momentum=0.0, **kwargs)
-            y = norm(x)
-            _, mean, var = oracle.moments(x)
-            np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
-            np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
-            np.testing.assert_allclose(y, oracle.forward(x), rtol=1e-4)
+            np.testing.assert_allclose(norm(x), oracle.forward(x), rtol=1e-4)
+            assert_statistics(norm, x)
         with pytest.raises(TypeError, match=r"`state\.mean` must be complex"):
             make(4)(x)
 
-    def test_8_axes_and_features(self):
-        for axis, message in [((1, -1), "once"), (5, "must lie in")]:
-            with pytest.raises(ValueError, match=f"`axis`.*{message}"):
-                make(4, axis=axis)(jnp.ones((8, 4)))
+    def test_8_features(self):
         norm = make(4, use_scale=False, use_bias=False)
         with pytest.raises(ValueError, match=r"one entry per feature.*got \(4,\)"):
             norm(jnp.ones((8, 2)))
-        with pytest.raises(TypeError, match="`num_features` must be an int"):
-            make(4.0)
-        with pytest.raises(TypeError, match="`dtype` must be floating point"):
-            make(4, dtype=jnp.int32)
 
-    def test_10_modes_without_a_start_at_zero(self):
-        x = draw(8, 4, mean=9)
-        for kwargs in ({"momentum": None}, {"debias": True}):
-            norm = make(4, **kwargs)
-            for _ in range(10):
-                norm(x)
-            np.testing.assert_allclose(norm.mean[...], x.mean(0), rtol=1e-5)
-
-    @pytest.mark.parametrize("mask", [[1, 0, 1, 1], [[1], [0]] * 4], ids=str)
-    def test_11_masks_agree_with_linen_in_numbers(self, mask):
+    def test_11_masks_as_in_numpy(self):
         """Flax's own such test compares NaN with NaN."""
-        x, mask = draw(8, 4), np.array(mask)
-        linen_norm = jaxbn.linen.BatchNorm(False)
-        variables = linen_norm.init(jax.random.key(0), x)
-        want, _ = linen_norm.apply(variables, x, mask=mask, mutable=["batch_stats"])
-        y = make(4)(x, mask=mask)
-        np.testing.assert_allclose(y, want, rtol=1e-6)
+        x, mask = draw(8, 4), np.array([1, 0, 1, 1])
         whole = np.broadcast_to(mask, x.shape) > 0
+        y = make(4)(x, mask=mask)
         assert_close(y, oracle.forward(x, mask=whole), x.dtype, 4)
-        assert abs(y).max() > 0.5
 
 
 # --- recalibrate ----------------------------------------------------------------------
 
 
-class LinenNet(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        for _ in range(3):
-            x = nn.tanh(jaxbn.linen.BatchNorm(not train)(nn.Dense(4)(x)))
-        return x
-
-
 class Net(nnx.Module):
-    def __init__(self, rngs, num_blocks=3):
-        self.blocks = nnx.List([Block(rngs) for _ in range(num_blocks)])
+    def __init__(self, rngs):
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
 
     def __call__(self, x):
         for block in self.blocks:
@@ -839,53 +744,18 @@ class Interrupted:
 class TestRecalibrate:
     x = draw(60, 4, mean=3)
 
-    def trained(self):
-        """The same net in Linen and NNX, with statistics far from those of the data."""
-        key = jax.random.key(1)
-        shapes = jax.eval_shape(lambda: LinenNet().init(key, self.x, True))
-        variables = random_like(shapes)
-        net = Net(nnx.Rngs(0))
-        for i, block in enumerate(net.blocks):
-            dense = variables["params"][f"Dense_{i}"]
-            block.linear.kernel.set_value(dense["kernel"])
-            block.linear.bias.set_value(dense["bias"])
-            norm = f"BatchNorm_{i}"
-            arrays = variables["batch_stats"][norm] | variables["params"][norm]
-            for name, value in arrays.items():
-                getattr(block.norm, name).set_value(value)
-        return net, variables
-
     @pytest.mark.parametrize("sequential", [False, True])
-    @pytest.mark.parametrize("cuts", [[60], [2, 60]], ids=str)
-    def test_equals_linen(self, sequential, cuts):
-        net, variables = self.trained()
-        batches = [self.x[i:j] for i, j in zip([0, *cuts], cuts, strict=False)]
-        want = jaxbn.linen.recalibrate(
-            LinenNet(), variables, batches, sequential=sequential, train=True
-        )
-        before = nnx.to_pure_dict(nnx.state(net))
-        before = jax.tree.map(jnp.array, before)
+    def test_one_layer_after_the_other(self, sequential):
+        net = Net(nnx.Rngs(0))
+        params, structure = pure(net, nnx.Param), jax.tree.structure(pure(net))
+        batches = [self.x[:30], self.x[30:]]
         jaxbn.nnx.recalibrate(net, batches, sequential=sequential)
-        for i, block in enumerate(net.blocks):
-            for name, value in want["batch_stats"][f"BatchNorm_{i}"].items():
-                np.testing.assert_allclose(
-                    getattr(block.norm, name)[...], value, rtol=1e-6, atol=1e-6
-                )
-        after = nnx.to_pure_dict(nnx.state(net))
-        assert jax.tree.structure(after) == jax.tree.structure(before)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            nnx.to_pure_dict(nnx.state(net, nnx.Param)),
-            nnx.to_pure_dict(nnx.state(self.trained()[0], nnx.Param)),
-        )
-
-    def test_a_batch_of_one_is_refused_and_nothing_moves(self):
-        net, _ = self.trained()
-        before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(net)))
-        with pytest.raises(ValueError, match="each of `batches` needs more than one"):
-            jaxbn.nnx.recalibrate(net, [self.x[1:], self.x[:1]])
-        after = nnx.to_pure_dict(nnx.state(net))
-        jax.tree.map(np.testing.assert_array_equal, after, before)
+        layers = [
+            (block.linear.kernel[...], *statistics(block.norm)) for block in net.blocks
+        ]
+        check_layers(layers, batches, sequential)
+        assert jax.tree.structure(pure(net)) == structure
+        jax.tree.map(np.testing.assert_array_equal, pure(net, nnx.Param), params)
 
     def test_modes_and_counts_and_random_streams_stay(self):
         class Noisy(nnx.Module):
@@ -911,9 +781,7 @@ class TestRecalibrate:
         x = jnp.where(mask, self.x, jnp.nan)
         batches = [{"x": x[s], "mask": mask[s]} for s in (np.s_[:9], np.s_[9:])]
         jaxbn.nnx.recalibrate(norm, batches, use_running_average=True)
-        _, mean, var = oracle.moments(self.x, mask=mask)
-        np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
-        np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+        assert_statistics(norm, self.x, mask)
 
     def test_a_shared_layer_gets_both_calls(self):
         class Twice(nnx.Module):
@@ -926,33 +794,19 @@ class TestRecalibrate:
 
         net = Twice(nnx.Rngs(0))
         jaxbn.nnx.recalibrate(net, [self.x[:7], self.x[7:]])
-        both = np.concatenate([self.x[:, :2], self.x[:, 2:] + 1])
-        np.testing.assert_allclose(net.a.mean[...], both.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(net.a.var[...], both.var(0), rtol=1e-5)
+        assert_statistics(net.a, np.concatenate([self.x[:, :2], self.x[:, 2:] + 1]))
 
     def test_a_stack_of_layers_in_a_scan(self):
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def create(rngs):
-            return Block(rngs)
-
         class Stack(nnx.Module):
             def __init__(self):
-                self.blocks = create(nnx.Rngs(0))
+                self.blocks = make_stack()
 
             def __call__(self, x):
-                scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-                return scan(lambda block, x: block(x))(self.blocks, x)
+                return in_turn(self.blocks, x)
 
         net = Stack()
         jaxbn.nnx.recalibrate(net, [self.x[:9], self.x[9:]], sequential=True)
-        h = np.asarray(self.x, np.float64)
-        for i in range(3):
-            h = h @ np.asarray(net.blocks.linear.kernel[i], np.float64)
-            _, mean, var = oracle.moments(h)
-            np.testing.assert_allclose(net.blocks.norm.mean[i], mean, 1e-4, 1e-5)
-            np.testing.assert_allclose(net.blocks.norm.var[i], var, 1e-4)
-            h = np.tanh(oracle.normalize(h, mean, var))
+        check_layers(layers_of(net.blocks), [self.x], sequential=True)
 
     def test_under_nnx_jit_each_pass_is_traced(self):
         class Jitted(Net):
@@ -960,12 +814,10 @@ class TestRecalibrate:
             def __call__(self, x):
                 return super(Jitted, self).__call__(x)
 
-        plain, jitted = Net(nnx.Rngs(0), 2), Jitted(nnx.Rngs(0), 2)
-        for sequential in (False, True):
-            for net in (plain, jitted):
-                batches = [self.x[:7], self.x[7:]]
-                jaxbn.nnx.recalibrate(net, batches, sequential=sequential)
-            assert_same_state(plain, jitted)
+        nets = Net(nnx.Rngs(0)), Jitted(nnx.Rngs(0))
+        for net in nets:
+            jaxbn.nnx.recalibrate(net, [self.x[:7], self.x[7:]], sequential=True)
+        assert_same_state(*nets)
 
     def test_renorm_normalizes_plainly(self):
         norm = make(4, BatchRenorm)
@@ -974,11 +826,11 @@ class TestRecalibrate:
         assert norm.num_updates[...] == 0
 
     def test_an_error_changes_nothing(self):
-        net, _ = self.trained()
-        before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(net)))
+        net = Net(nnx.Rngs(0))
+        before = pure(net)
         wrong = [self.x, self.x[:, :3]]
         for batches, kwargs, error, message in [
-            ([], {}, ValueError, "`batches` must hold at least one batch"),
+            ([self.x[1:], self.x[:1]], {}, ValueError, "each of `batches` needs more"),
             ((b for b in [self.x]), {"sequential": True}, TypeError, "re-iterable"),
             (wrong, {"sequential": True}, TypeError, "dot_general"),
             (Interrupted(self.x), {"sequential": True}, OSError, "second pass"),
@@ -986,15 +838,10 @@ class TestRecalibrate:
         ]:
             with pytest.raises(error, match=message):
                 jaxbn.nnx.recalibrate(net, batches, **kwargs)
-        after = nnx.to_pure_dict(nnx.state(net))
+        after = pure(net)
         assert jax.tree.structure(after) == jax.tree.structure(before)
         jax.tree.map(np.testing.assert_array_equal, after, before)
         assert net.blocks[0].norm.recorded is None
-
-    def test_a_model_without_batch_norm(self):
-        linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-        with pytest.raises(ValueError, match="`model` must call a BatchNorm;"):
-            jaxbn.nnx.recalibrate(linear, [self.x])
 
 
 # --- inspect_statistics ---------------------------------------------------------------
@@ -1009,14 +856,13 @@ class TestInspect:
         jaxbn.nnx.recalibrate(net, [self.x])
         spoiled = net.blocks[1].norm
         spoiled.mean.set_value(spoiled.mean[...].at[2].add(9.0))
-        before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(net)))
+        before = pure(net)
         worst, *others = jaxbn.nnx.inspect_statistics(net, [self.x])
         assert worst.name == "blocks/1/norm"
         assert worst.worst_channel == (2,)
-        assert len(others) == 2
+        assert len(others) == 1
         assert all(layer.kl.max() < 1e-6 for layer in others)
-        after = nnx.to_pure_dict(nnx.state(net))
-        jax.tree.map(np.testing.assert_array_equal, after, before)
+        jax.tree.map(np.testing.assert_array_equal, pure(net), before)
 
     def test_without_data_and_with_the_epsilon_of_the_layer(self):
         norm = make(4, epsilon=1.0, use_scale=False)
@@ -1026,9 +872,9 @@ class TestInspect:
         assert layer.kl is None
         assert layer.scale is None
 
-    def test_errors(self):
+    def test_a_model_without_batch_norm(self):
         linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="`model` must have a BatchNorm;"):
             jaxbn.nnx.inspect_statistics(linear)
-        with pytest.raises(ValueError, match="`batches` must hold at least one"):
-            jaxbn.nnx.inspect_statistics(make(4), [])
+        with pytest.raises(ValueError, match="`model` must call a BatchNorm;"):
+            jaxbn.nnx.recalibrate(linear, [self.x])
