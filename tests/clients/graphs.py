@@ -1,6 +1,6 @@
 """Graph networks of jraphx (Flax NNX), with `jaxbn.nnx.BatchNorm` in place of its own.
 
-    pip install -e '.[clients]' && python tests/clients/graphs.py
+    python tests/clients/graphs.py
 
 The graph joins each of scikit-learn's 1,797 handwritten digits to its nearest others by
 their pixels; GraphSAGE is trained on the labels of one digit in ten, and tested on the
@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
 
 import jaxbn.nnx
-from jaxbn.cli.common import integer_from
+from jaxbn.cli.common import Parser, integer_from
 
 NEIGHBOURS, HIDDEN, LAYERS, CLASSES, SHARE_KNOWN = 8, 64, 3, 10, 0.1
 # A bias before a batch norm has no gradient but rounding, 1e-17 or so, which Adam
@@ -139,15 +139,13 @@ def rows(args: argparse.Namespace) -> Iterator[_report.Row]:
 
 
 def main() -> int:
-    parser = _report.parser(__doc__)
+    parser = Parser(description=__doc__)
     count = integer_from(2)
     parser.add_argument("--steps", type=count, metavar="N", default=100)
     parser.add_argument("--seeds", type=integer_from(1), metavar="N", default=3)
     args = parser.parse_args()
     title = f"GraphSAGE of jraphx on digits, {args.steps} steps"
-    packages = ["jraphx", "scikit-learn"]
-    total = 2 + args.seeds
-    return _report.report(rows(args), args, total=total, title=title, packages=packages)
+    return _report.report(title, ["jraphx", "scikit-learn"], rows(args))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.cli.common import integer_from
+from jaxbn.cli.common import Parser, integer_from
 from jaxbn.linen import BatchNorm
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -111,7 +111,7 @@ def describe_some_chips(number: int) -> Any:
 
 
 def main() -> int:
-    parser = _report.parser(__doc__)
+    parser = Parser(description=__doc__)
     count = integer_from(1)
     parser.add_argument("platform", choices=("gpu", "tpu"))
     parser.add_argument("dtype", choices=("float32", "bfloat16"))
@@ -131,7 +131,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     images = f"{args.batch_size} images of {args.image_size} x {args.image_size}"
     title = f"ResNet-{args.depth}, {args.dtype}, {images}, {args.chips} {args.platform}"
-    return _report.report(rows(args), args, total=3, title=title, packages=["optax"])
+    return _report.report(title, ["optax"], rows(args))
 
 
 if __name__ == "__main__":
