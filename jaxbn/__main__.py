@@ -39,6 +39,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(prog="jaxbn", description="Batch normalization for JAX, shown.")
+    command: Parser = parser  # until the words name one
+    try:
+        try:
+            add_commands(parser, words)
+            args, unknown = parser.parse_known_args(words)
+            command = args.parser
+            if unknown:  # said by the command; `parse_args` would leave out its name
+                command.error(f"unrecognized arguments: {' '.join(unknown)}")
+            return args.run(args)
+        finally:  # here, and not at the exit, it is found that nobody can read it
+            print(end="", flush=True)
+    except CommandError as error:
+        command.error(str(error))
+    except SystemExit as error:
+        # Rich answers a broken pipe with code 1, which is that of a failed check.
+        if isinstance(error.__context__, BrokenPipeError):
+            return 141
+        raise
+    except BrokenPipeError:  # as in `jaxbn check | head -1`
+        discard_output()
+        return 141
+    except OSError as error:
+        if error.filename:
+            command.error(str(error))
+        discard_output()  # every file is opened by its name: it is the standard output
+        command.error(f"cannot write to the standard output: {error}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        install = f"pip install 'jaxbn[{EXTRAS[package]}]'"
+        command.fail(f"error: {package} is not installed; run: {install}", status=1)
+    except KeyboardInterrupt as error:
+        what, status = error.args or ("", 130)
+        what = what or "nothing was written yet"
+        command.fail(f"interrupted; {what}", status=status)
+
+
+def add_commands(parser: Parser, words: list[str]) -> None:
+    """Add the commands, and to the one that is chosen its flags."""
     parser.add_argument("--version", action="version", version=f"jaxbn {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, summary in COMMANDS.items():
@@ -49,34 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.description = module.DESCRIPTION
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args, unknown = parser.parse_known_args(words)
 
-    command: Parser = args.parser
-    if unknown:  # said by the command; `parse_args` would leave out its name
-        command.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except CommandError as error:
-        command.error(str(error))
-    except BrokenPipeError:  # as in `jaxbn check | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left at the exit
-        return 141
-    except OSError as error:
-        # Every file is opened by its name; the standard output has none.
-        where = "" if error.filename else "cannot write to the standard output: "
-        command.error(f"{where}{error}")
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        install = f"pip install 'jaxbn[{EXTRAS[package]}]'"
-        command.fail(f"error: {package} is not installed; run: {install}", status=1)
-    except KeyboardInterrupt as error:
-        command.fail(
-            f"interrupted; {str(error) or 'nothing was written yet'}", status=130
-        )
+
+def discard_output() -> None:
+    """Send what could not be written elsewhere, or Python tries again at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
             cells = [f"{error:.0e}" for error in (*worst, case.tolerance)]
             verdict, style = ("no", "bold red") if failed else ("ok", "")
             table.add_row(case.dtype, case.name, *cells, verdict, style=style)
-            row: dict[str, Any] = {"dtype": case.dtype, "case": case.name}
-            row |= {"tolerance": case.tolerance, "errors": found, "failed": failed}
-            rows.append(row)
+            row = {"dtype": case.dtype, "case": case.name, "tolerance": case.tolerance}
+            rows.append({**row, "errors": found, "failed": failed})
             bar.advance(task)
     out.print(table)
     if args.json:

@@ -114,8 +114,7 @@ def table(*headings: str, words: int = 1, **options: Any) -> "Table":
     from rich import box
     from rich.table import Table
 
-    options = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), **options}
-    made = Table(**options)
+    made = Table(**{"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), **options})
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < words else "right")
     return made

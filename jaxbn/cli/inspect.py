@@ -127,9 +127,9 @@ def of_run(
 
     if any(folder.glob("*.msgpack")):
         raise CommandError(f"{folder} is of an earlier jaxbn's train: train anew")
-    if not (folder / "checkpoints").is_dir():
-        raise CommandError(f"{folder} holds no run of `train`")
     kept = Checkpoints(folder)
+    if kept.step is None:
+        raise CommandError(f"{folder} holds no run of `train`")
     settings, seen = kept.load()
     found = [x for x in NORMALIZED if x in settings.norm and norm in (x, None)]
     if not found:
@@ -194,6 +194,8 @@ def verdict(
     lines = []
     for layer in layers:
         said = []
+        if test_accuracy is not None and layer.data is None:
+            said.append("what it is given is not finite")
         if layer.mean_kl is not None and layer.mean_kl > LARGE_KL:
             where = ", ".join(map(str, layer.worst_channel or ()))
             far = f"running statistics {layer.mean_kl:.3g} nats from the data's"
@@ -241,9 +243,9 @@ def draw(png: Path, title: str, layers: Sequence[LayerStatistics]) -> None:
             # Only finite numbers have a place on an axis; None has no number.
             values = np.asarray(each, float)
             values = np.maximum(values[np.isfinite(values)], floor)
-            places = np.full(values.shape, row)
-            axes.plot(values, places, "o", ms=4, mew=0, color="#0072B2", alpha=0.45)
-            if values.size:
+            if values.size:  # else the axis has no limits
+                style: Any = {"ms": 4, "mew": 0, "color": "#0072B2", "alpha": 0.45}
+                axes.plot(values, np.full(values.shape, row), "o", **style)
                 axes.plot(values.mean(), row, "|k", ms=13, mew=2)
         for (name, limit), line in zip(limits.items(), ("--", ":"), strict=False):
             axes.axvline(limit, color="#D55E00", linestyle=line, label=name)

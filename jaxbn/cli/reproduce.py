@@ -186,18 +186,17 @@ def run(args: argparse.Namespace) -> int:
         for each in experiment.variants
     ]
     common.first_line(f"training {seeds} networks at once: {experiment.title}")
-
-    from jaxbn.cli import training
-
-    out, data = common.console(), training.load_digits()
+    out = common.console()
     rows: list[dict[str, Any]] = []
-    content = {"experiment": name, "title": experiment.title, "paper": experiment.paper}
-    content |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    content |= {"seeds": seeds, "complete": False, "rows": rows}
     # Ctrl-C counts between epochs: raised inside JAX, it can crash the process.
     with common.deferred_interrupts() as interrupted, common.progress(out) as bar:
-        total = sum(each.epochs for each in variants)
-        task = bar.add_task("epochs", total=total, seen="")
+        from jaxbn.cli import training
+
+        data, device = training.load_digits(), jax.devices()[0].device_kind
+        content: dict[str, Any] = {"experiment": name, "title": experiment.title}
+        content |= {"paper": experiment.paper, "jax": jax.__version__, "device": device}
+        content |= {"seeds": seeds, "complete": False, "rows": rows}
+        task = bar.add_task("epochs", total=sum(x.epochs for x in variants), seen="")
         for variant in itertools.takewhile(lambda _: not interrupted(), variants):
             bar.update(task, seen=f"{variant.group}: {variant.name}")
             measured = train(variant, data, seeds, experiment.every_epoch)

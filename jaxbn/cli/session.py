@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import shlex
+import signal
 import statistics
 import sys
 import zlib
@@ -126,6 +127,8 @@ def join(coordinator: str, num_processes: int, process_id: int) -> None:
     os.environ["no_grpc_proxy"] = coordinator.rpartition(":")[0]  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Ctrl-C ends it at once: while it waits, no handler of Python's would be called.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     jax.distributed.initialize(
         coordinator,
         num_processes,
@@ -155,10 +158,9 @@ def execute(
     data = load_digits(settings.data)
     num_images, size = len(data.train_labels), settings.batch_size
     if size > num_images or size % mesh.size:
-        raise CommandError(
-            f"argument --batch-size: must be at most {num_images} and a multiple of "
-            f"{mesh.size}, the number of devices; got {size}"
-        )
+        need = f"must be at most {num_images} and a multiple of {mesh.size}"
+        have = f"the number of devices; got {size}"
+        raise CommandError(f"argument --batch-size: {need}, {have}")
     epoch_steps = num_images // size
     step, last = kept.step or 0, settings.epochs * epoch_steps
     if step > last:
@@ -172,20 +174,20 @@ def execute(
         say(f"going on with the run in {folder} at step {step}")
     trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
     pairs = trainers.items()
-    with contextlib.ExitStack() as stack:
+    with common.deferred_interrupts() as interrupted:
         with common.progress(console) as bar:
             task = bar.add_task("compiling", total=None, seen="")
             if seen:
                 kept.restore(trainers, seen)
-            for trainer in trainers.values():
+            for _, each in itertools.takewhile(lambda _: not interrupted(), pairs):
                 if not seen:
-                    trainer.start()
-                if step < last:
-                    trainer.compile()
+                    each.start()
+                if step < last and not interrupted():
+                    each.compile()
             bar.update(task, description="training", total=last)
-            interrupted = stack.enter_context(common.deferred_interrupts())
-            # All processes ask after the same steps.
-            while not (code := max(gathered(interrupted()))) and step < last:
+            if code := max(gathered(interrupted())):
+                raise KeyboardInterrupt(code)
+            while not code and step < last:
                 for trainer in trainers.values():
                     trainer.advance()
                 step += 1
@@ -193,16 +195,15 @@ def execute(
                     kept.save(settings, trainers)
                 tests = [f"{x} {each.accuracies[-1]:.1%}" for x, each in pairs]
                 bar.update(task, completed=step, seen=", ".join(tests))
-        if step:
-            kept.save(settings, trainers)
-        if step and leads:
+                code = max(gathered(interrupted()))  # all ask after the same steps
+        kept.save(settings, trainers)
+        if leads:
             metrics = summarize(settings, trainers)
             common.write_json(folder / "metrics.json", metrics)
             common.write_png(folder / "curves.png", curves(metrics))
             table = common.table("norm", *COLUMNS)
             for norm, row in metrics["results"].items():
-                cells = map(common.cell, row.values(), COLUMNS.values())
-                table.add_row(norm, *cells)
+                table.add_row(norm, *map(common.cell, row.values(), COLUMNS.values()))
             console.print(table)
             say(f"{folder} holds checkpoints, curves.png and metrics.json")
     if code:

@@ -118,16 +118,19 @@ def run(args: argparse.Namespace) -> int:
             held = check(folder, resume=args.resume)
             common.first_line("loading JAX, Flax and the digits")
         try:
-            from jaxbn.cli import session  # JAX, Flax and others: not for --help
-
+            # An import that Ctrl-C cuts in two can fail in any way.
+            with common.deferred_interrupts() as interrupted:
+                from jaxbn.cli import session  # JAX, Flax and others: not for --help
+            if code := interrupted():
+                raise KeyboardInterrupt(code)
             common.virtual_devices(args.devices)
             if args.join:
                 session.join(address, int(number), int(process))
             settings = session.Settings(**defaults | given)
             return session.execute(given, settings, folder, args.devices)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             kept = f"the run in {folder} is as it was" if held else ""
-            raise KeyboardInterrupt(kept) from None
+            raise KeyboardInterrupt(kept, *error.args or (130,)) from None
         except RuntimeError as error:  # JAX's and gloo's
             if not args.join:
                 raise
@@ -157,7 +160,7 @@ def check(folder: Path, *, resume: bool) -> bool:
         what = "a run of an earlier jaxbn, in msgpack, which this one cannot go on with"
     elif held and not resume:
         what = "a run; --resume goes on with it, --out FOLDER begins another"
-    elif not held and names - {"checkpoints"}:  # empty where a run was killed early
+    elif not held and (names - {"checkpoints"} or (folder / "checkpoints").is_file()):
         what = "files that are not a run's"
     if what:
         raise CommandError(f"argument --out: {folder} holds {what}")

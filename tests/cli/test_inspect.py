@@ -108,6 +108,16 @@ def test_healthy_run_is_said_to_be(run, tmp_path, capsys, monkeypatch):
     assert f"cannot write {folder}" in " ".join(out.split())
 
 
+def test_network_that_diverged_is_not_healthy(tmp_path, capsys, recwarn):
+    flags = ("--model", "mlp", "--epochs", 1, "--norm", "jaxbn")
+    assert train(*flags, "--learning-rate", 1e30, "--out", tmp_path) == 0
+    assert look(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: what it is given is not finite" in out for name in LAYERS)
+    assert "healthy" not in out
+    assert not [each for each in recwarn if "xlims" in str(each.message)]
+
+
 @pytest.mark.parametrize("deep", [1, 12])
 def test_narrow_terminal_has_whole_names(
     deep, variables, tmp_path, capsys, monkeypatch
@@ -156,12 +166,14 @@ def test_command_refuses_in_one_line(run, variables, tmp_path, capsys):
     }
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
+    (tmp_path / "killed" / "checkpoints").mkdir(parents=True)  # before the first
     for name, (data, _) in odd.items():
         (tmp_path / name).write_bytes(data)
     refused = {tmp_path / name: message for name, (_, message) in odd.items()} | {
         tmp_path / "missing.msgpack": "No such file",
         tmp_path / "old": "of an earlier jaxbn's train",
         tmp_path / "new": "holds no run",
+        tmp_path / "killed": "holds no run",
     }
     for path, message in refused.items():
         assert message in refusal(capsys, path, command="inspect")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -144,21 +145,44 @@ def assert_same_end(folder: Path, other: Path, *flags: object) -> None:
 # at its end, before the last step; and in the writing of two checkpoints.
 
 
+def test_ctrl_c_cuts_no_import_in_two(tmp_path, monkeypatch, capsys):
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "jaxbn.cli.session":
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except KeyboardInterrupt:  # as Python 3.11 says it of a class
+                    raise RuntimeError("error calling __set_name__") from None
+
+    monkeypatch.delattr(cli, "session")
+    monkeypatch.delitem(sys.modules, "jaxbn.cli.session")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(SystemExit) as caught:
+        train(*SHORT, "--out", tmp_path)
+    assert caught.value.code == 130
+    line = "jaxbn train: interrupted; nothing was written yet\n"
+    assert capsys.readouterr().err == line
+    assert files(tmp_path) == {}
+
+
 @pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_run_that_was_stopped_before_a_step_ends_in_the_same_bits(
-    short_run, tmp_path, monkeypatch, capsys
+    number, short_run, tmp_path, monkeypatch, capsys
 ):
     folder, compiled = tmp_path / "run", Trainer.compile
 
     def stop(self):
-        signal.raise_signal(signal.SIGINT)
+        # It comes while JAX compiles, which it could crash.
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
         compiled(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "compile", stop)
         with pytest.raises(SystemExit) as caught:
             train(*SHORT, "--out", folder)
-    assert caught.value.code == 130
+    assert caught.value.code == 128 + number
     line = "jaxbn train: interrupted; nothing was written yet\n"
     assert capsys.readouterr().err == line
     assert files(folder) == {}
@@ -330,6 +354,9 @@ def test_folder_of_other_things_is_left_alone(resume, tmp_path, capsys):
     (tmp_path / "jaxbn.msgpack").write_text("of before Orbax")
     assert "earlier jaxbn" in refusal(capsys, "--out", tmp_path, *resume)
     assert len(files(tmp_path)) == 2
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "checkpoints").write_text("a file")
+    assert "not a run's" in refusal(capsys, "--out", tmp_path / "new", *resume)
 
 
 def test_run_is_left_alone(short_run, capsys):
@@ -558,15 +585,31 @@ def test_help_and_version(capsys):
 @pytest.mark.processes
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_stdout_that_is_full_or_broken(tmp_path):
-    words = [sys.executable, "-m", "jaxbn", "train", "--out", str(tmp_path / "run")]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2
-    line = "jaxbn train: error: cannot write to the standard output: "
-    assert done.stderr.startswith(line)
-    assert done.stderr.count("\n") == 1
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # as users have it
+    words = [sys.executable, "-m", "jaxbn"]
+    run = [*words, "train", *map(str, SHORT), "--out", str(tmp_path / "run")]
+
+    def end(words: list[str], stdout: Any) -> tuple[int, str]:
+        options: Any = {"stderr": subprocess.PIPE, "text": True, "env": env}
+        done = subprocess.run(words, stdout=stdout, **options)
+        return done.returncode, done.stderr
+
+    for command in (run, [*words, "--help"]):
+        with open("/dev/full", "w") as full:
+            code, error = end(command, full)
+        assert code == 2
+        assert "error: cannot write to the standard output: " in error
+        assert error.count("\n") == 1
+        reader, writer = os.pipe()
+        os.close(reader)
+        assert end(command, writer) == (141, "")
+        os.close(writer)
+    # As with `| head -1`: what breaks is not the first line, but one that Rich prints.
+    with start("", *SHORT, "--out", tmp_path / "run") as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 141
+    # As with `>&-`: there is no standard output.
+    closed = ["sh", "-c", '"$@" >&-', "sh", *run[:-1], str(tmp_path / "closed")]
+    assert end(closed, None) == (0, "")

@@ -72,8 +72,7 @@ def add_arguments(parser: common.Parser) -> None:
     several("--dtype", cases.DTYPES, cases.DTYPES, "dtypes of x")
     modes = "what one call computes; chain is eight layers, the nearest to a real model"
     several("--mode", cases.MODES, (), modes)
-    text = "rounds of calls (default: as many as fit into 2.5 s)"
-    parser.add_number("--rounds", text)
+    parser.add_number("--rounds", "rounds of calls (default: as many as fit in 2.5 s)")
     text = "few layers, few rounds, and the modes with gradients"
     parser.add_argument("--quick", action="store_true", help=text)
     text = "where to write all figures (default: %(default)s)"
