@@ -158,7 +158,10 @@ def measure(cell, libraries):
         for name in libraries
         if cell.n > 1 or name != "torch"  # which wants two elements
     }
-    beyond = bool(np.isinf(desired["var"][0]).any())
+    # Beyond float32: the variance, or the squares of what rounding a mean leaves.
+    mean, var = (desired[name][0] for name in MEASURES[:2])
+    left = cell.n * (float(FLOAT32.eps) * abs(mean)) ** 2
+    beyond = bool((np.isinf(var) | (left > FLOAT32.max)).any())
     rows = []
     # One element per feature is no batch to train on: there are moments only.
     for name in MEASURES if cell.n > 1 else MEASURES[:2]:

@@ -6,8 +6,6 @@ import numpy as np
 import oracle
 import pytest
 
-pytestmark = pytest.mark.exhaustive
-
 RATIOS = [1, 1000, 1_000_000]
 
 EPS = float(jnp.finfo("float32").eps)
