@@ -149,6 +149,14 @@ def test_changes(counting):
     assert model.scanned.norm.num_updates[...].tolist() == [1, 1, 1]
 
 
+def test_a_stack_on_the_last_axis_has_no_count():
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    for name in ("mean", "var"):
+        setattr(norm, name, nnx.BatchStat(jnp.ones((4, 6))))
+    with pytest.raises(ValueError, match=r"with 4 features; got shape \(4, 6\)"):
+        replace_batch_norm(nnx.Sequential(norm), momentum=None)
+
+
 def test_make_builds_something_else():
     """It may hold what it was given, or the variables of it."""
     model = net(cls=lambda norm, rngs: Block(norm, 4, rngs))
