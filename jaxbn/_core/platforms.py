@@ -134,8 +134,9 @@ def _guess_first(x, guess, *others, way):
     shift, offset, var = way(x, guess, *others)
     # 0 * offset has the type of the other shift: where it varies, and how it lies.
     near = shift + 0 * offset, offset, var
-    is_near = (lax.square(offset) - 2.25 * var <= 0).all()  # not where both overflow
-    return lax.cond(is_near, lambda: near, lambda: way(x, None, *others))
+    # Not by squares, which underflow and overflow.
+    is_near = (abs(offset) <= 1.5 * lax.sqrt(var)) & (var < jnp.inf)
+    return lax.cond(is_near.all(), lambda: near, lambda: way(x, None, *others))
 
 
 def _guess_jvp(primals, tangents, way):

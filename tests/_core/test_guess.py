@@ -91,10 +91,12 @@ def test_the_guess_counts_up_to_one_and_a_half_std(stds):
     assert same(got, usual) == (abs(stds) > 1.5)
 
 
-def test_one_far_feature_takes_all_the_usual_way():
+@pytest.mark.parametrize("size", [1, 1e-21])  # its square is 0
+def test_one_far_feature_takes_all_the_usual_way(size):
     args = draw(ratio=3)
+    args[0][:] *= size
     mean = running_mean(args[0], 0)
-    mean[7] += 2
+    mean[7] += 2 * size
     usual = jax.jit(step)(*args, mean)
     with guess.forced():
         assert same(jax.jit(step)(*args, mean), usual)

@@ -184,7 +184,8 @@ def test_a_count_that_the_checkpoint_lacks(options, format_, tmp_path):
     assert_identical(infer(net, complete), infer(ours(), variables))
     # Without that line Linen begins the count at the first update: the same in the end.
     assert_identical(infer(net, restored), infer(ours(), variables))
-    assert_identical(train(net, restored), train(net, complete))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, train(net, restored), train(net, complete))
 
 
 @pytest.mark.parametrize("options", GAINED.values(), ids=GAINED)
