@@ -68,7 +68,7 @@ def mobilenet(x):
     y = nn.relu6(Norm()(nn.Conv(12, (1, 1), use_bias=False)(x)))
     depthwise = nn.Conv(12, (3, 3), feature_group_count=12, use_bias=False)
     y = nn.relu6(Norm()(depthwise(y)))
-    return x + Norm()(Conv((1, 1))(y))
+    return x + Norm()(x=Conv((1, 1))(inputs=y))
 
 
 def densenet(x):
