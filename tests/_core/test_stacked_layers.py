@@ -54,36 +54,28 @@ def desired():
     return h, *stacked, g, *(np.stack(a) for a in zip(*grads, strict=True))
 
 
-def assert_desired(y, mean, var, dx, dw, dscale, dbias):
-    got = (y, mean, var, dx, dw, dscale, dbias)
-    for name, a, d in zip(ARRAYS, got, desired(), strict=True):
-        np.testing.assert_allclose(a, d, atol=2e-5 * np.abs(d).max(), err_msg=name)
-
-
-def run(net, mask, dy, x, layers):
-    """A net and its gradients; `net` maps (x, layers, mask) to y and stacked states."""
+def check(net):
+    """`net`, which maps (x, layers, mask) to y and stacked states, and its gradients."""
+    (x, mask, dy), layers = draw()
 
     def loss(x, layers):
         y, states = net(x, layers, mask)
         return (y * dy).sum() + states.mean.sum() + states.var.sum(), (y, states)
 
-    (dx, dlayers), (y, states) = jax.grad(loss, (0, 1), has_aux=True)(x, layers)
-    return y, states.mean, states.var, dx, *dlayers
+    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    (dx, dlayers), (y, states) = gradients(x, layers)
+    got = (y, states.mean, states.var, dx, *dlayers)
+    for name, a, d in zip(ARRAYS, got, desired(), strict=True):
+        np.testing.assert_allclose(a, d, atol=2e-5 * np.abs(d).max(), err_msg=name)
 
 
 def block_with(derivative):
+    static = {"train": True, "momentum": MOMENTUM, "epsilon": EPSILON}
+
     def block(h, layer, mask):
-        w, scale, bias = layer
-        y, state = jaxbn.batch_norm(
-            h @ w,
-            jaxbn.Params(scale, bias),
-            jaxbn.init(WIDTH)[1],
-            train=True,
-            momentum=MOMENTUM,
-            epsilon=EPSILON,
-            mask=mask,
-            derivative=derivative,
-        )
+        w, *params = layer
+        args = h @ w, jaxbn.Params(*params), jaxbn.init(WIDTH)[1]
+        y, state = jaxbn.batch_norm(*args, mask=mask, derivative=derivative, **static)
         return jnp.tanh(checkpoint_name(y, "y")), state
 
     return block
@@ -92,8 +84,8 @@ def block_with(derivative):
 def loop(block):
     def net(x, layers, mask):
         states = []
-        for i in range(DEPTH):
-            x, state = block(x, [a[i] for a in layers], mask)
+        for layer in zip(*layers, strict=True):
+            x, state = block(x, layer, mask)
             states.append(state)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
@@ -108,28 +100,27 @@ def scan(block):
 
 
 policies = jax.checkpoint_policies
-REMAT = {
-    "plain": lambda block: block,
-    "checkpoint": jax.checkpoint,
-    **{
-        name: functools.partial(jax.checkpoint, policy=policy)
-        for name, policy in {
-            "nothing": policies.nothing_saveable,
-            "everything": policies.everything_saveable,
-            "dots": policies.dots_saveable,
-            "names": policies.save_only_these_names("y"),
-        }.items()
-    },
+POLICIES = {
+    "nothing": None,
+    "everything": policies.everything_saveable,
+    "dots": policies.dots_saveable,
+    "names": policies.save_only_these_names("y"),
 }
 
 
-@pytest.mark.parametrize("net", [loop, scan], ids=["loop", "scan"])
-@pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("derivative", ["vjp", "jvp"])
-def test_blocks(net, remat, derivative):
-    (x, mask, dy), layers = draw()
-    f = functools.partial(run, net(REMAT[remat](block_with(derivative))))
-    assert_desired(*jax.jit(f)(mask, dy, x, layers))
+@pytest.mark.parametrize("net", [loop, scan], ids=["loop", "scan"])
+def test_blocks(net, derivative):
+    check(net(block_with(derivative)))
+
+
+@pytest.mark.parametrize(
+    ("net", "derivative"), [(loop, "jvp"), (scan, "vjp")], ids=["loop", "scan"]
+)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_remat_of_blocks(policy, net, derivative):
+    remat = functools.partial(jax.checkpoint, policy=POLICIES[policy])
+    check(net(remat(block_with(derivative))))
 
 
 class Block(nn.Module):
@@ -140,20 +131,16 @@ class Block(nn.Module):
         return nn.tanh(norm(h, mask=mask)), None
 
 
-def lifted_scan(block):
-    return nn.scan(
-        block,
+def test_linen_scan_of_remat():
+    (x, mask, _), _ = draw()
+    lifted = nn.scan(
+        nn.remat(Block),
         variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=DEPTH,
     )
-
-
-@pytest.mark.parametrize("lift", [lambda b: b, nn.remat], ids=["scan", "scan of remat"])
-def test_linen_scan(lift):
-    (x, mask, dy), layers = draw()
-    model = lifted_scan(lift(Block))()
+    model = lifted()
     batch_stats = model.init(jax.random.key(0), x, mask)["batch_stats"]
 
     def net(x, layers, mask):
@@ -161,25 +148,6 @@ def test_linen_scan(lift):
         params = {"dense": {"kernel": w}, "norm": {"scale": scale, "bias": bias}}
         variables = {"params": params, "batch_stats": batch_stats}
         (y, _), updated = model.apply(variables, x, mask, mutable=["batch_stats"])
-        state = updated["batch_stats"]["norm"]
-        return y, jaxbn.State(state["mean"], state["var"], jnp.array(0))
+        return y, jaxbn.State(**updated["batch_stats"]["norm"], num_updates=0)
 
-    assert_desired(*jax.jit(functools.partial(run, net))(mask, dy, x, layers))
-
-
-def test_linen_remat():
-    """One block after the other, each in nn.remat."""
-    (x, mask, dy), layers = draw()
-    block = nn.remat(Block)()
-    variables = block.init(jax.random.key(0), x, mask)
-
-    def apply(h, layer, mask):
-        w, scale, bias = layer
-        params = {"dense": {"kernel": w}, "norm": {"scale": scale, "bias": bias}}
-        (h, _), updated = block.apply(
-            variables | {"params": params}, h, mask, mutable=["batch_stats"]
-        )
-        state = updated["batch_stats"]["norm"]
-        return h, jaxbn.State(state["mean"], state["var"], jnp.array(0))
-
-    assert_desired(*jax.jit(functools.partial(run, loop(apply)))(mask, dy, x, layers))
+    check(net)

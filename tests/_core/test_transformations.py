@@ -10,6 +10,7 @@ import oracle
 import pytest
 from cases import assert_close
 from devices import (
+    ALL,
     EPSILON,
     FEATURES,
     MOMENTUM,
@@ -18,9 +19,12 @@ from devices import (
     assert_all_close,
     batch_norm,
     draw,
+    everywhere,
     expected,
+    gradients_of_all,
     local_loss,
     old_state,
+    states_after,
 )
 from flax import linen as nn
 
@@ -35,12 +39,18 @@ def stacked_state():
     return jax.tree.map(lambda a: jnp.stack([a] * NUM), old_state())
 
 
+def jax_params(*arrays):
+    return jaxbn.Params(*map(jnp.array, arrays))
+
+
 # Axes of x, of the parameters with the state, and what is summed over in gradients.
 LAYOUTS = {"models": (0, 0), "models on shared data": (None, 0), "data": (0, None)}
 
 
-@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
-@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize(
+    ("where", "derivative"),
+    [("outside", "vjp"), ("inside", "vjp"), ("outside", "jvp")],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vmap(layout, where, derivative):
     """Vmap of grad, and grad of vmap: a rule may be batched before it is transposed."""
@@ -48,69 +58,37 @@ def test_vmap(layout, where, derivative):
     x, scale, bias, mask, dy, c = draw(
         () if x_axis is None else (NUM,), () if p_axis is None else (NUM,)
     )
-    params = jaxbn.Params(jnp.array(scale), jnp.array(bias))
     state = old_state() if p_axis is None else stacked_state()
     loss = functools.partial(local_loss, derivative=derivative)
     in_axes = (x_axis, p_axis, p_axis, x_axis, 0, None)
     if where == "inside":
         f = jax.vmap(jax.grad(loss, (0, 1), has_aux=True), in_axes)
     else:
-
-        def total(*args):
-            losses, aux = jax.vmap(loss, in_axes)(*args)
-            return losses.sum(), aux
-
-        f = jax.grad(total, (0, 1), has_aux=True)
-    (dx, dparams), aux = jax.jit(f)(x, params, state, mask, dy, c)
+        f = gradients_of_all(jax.vmap(loss, in_axes))
+    (dx, dparams), aux = jax.jit(f)(x, jax_params(scale, bias), state, mask, dy, c)
 
     full = [np.broadcast_to(a, (NUM, *a.shape[-2:])) for a in (x, mask)]
-    scale, bias = (np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias))
-    desired = list(expected(full[0], scale, bias, full[1], dy, ALONE))
+    desired = expected(full[0], *everywhere(scale, bias), full[1], dy, ALONE)
+    desired = list(desired)
     if where == "outside":
         for i, axis in ((3, x_axis), (4, p_axis), (5, p_axis)):
             desired[i] = desired[i].sum(0) if axis is None else desired[i]
     assert_all_close((*aux, dx, *dparams), desired)
 
 
-@pytest.mark.parametrize("where", ["outside", "inside"])
-def test_nested_vmap(where):
+def test_nested_vmap():
     """Two models of four batches each: the inner vmap takes the outer's parameters."""
     x, scale, bias, mask, dy, c = draw((2, 4), (2,))
-    dy = dy.reshape(x.shape)
-    batches = (0, None, None, 0, 0, None)
-    models = (0, 0, None, 0, 0, None)
-
-    def nested(f):
-        return jax.vmap(jax.vmap(f, batches), models)
-
-    if where == "inside":
-        f = nested(jax.grad(local_loss, (0, 1), has_aux=True))
-    else:
-
-        def total(*args):
-            losses, aux = nested(local_loss)(*args)
-            return losses.sum(), aux
-
-        f = jax.grad(total, (0, 1), has_aux=True)
-    params = jaxbn.Params(jnp.array(scale), jnp.array(bias))
-    (dx, dparams), aux = jax.jit(f)(x, params, old_state(), mask, dy, c)
-    per_batch = [a.reshape(NUM, *a.shape[2:]) for a in (x, mask, dy)]
+    models = jax.vmap(local_loss, (0, None, None, 0, 0, None))
+    models = jax.vmap(models, (0, 0, None, 0, 0, None))
+    args = x, jax_params(scale, bias), old_state(), mask, dy.reshape(x.shape), c
+    (dx, dparams), aux = jax.jit(gradients_of_all(models))(*args)
+    rows = [a.reshape(dy.shape) for a in (x, mask)]
     full = [np.repeat(a, 4, axis=0) for a in (scale, bias)]
-    desired = expected(per_batch[0], *full, *per_batch[1:], ALONE)
+    desired = expected(rows[0], *full, rows[1], dy, ALONE)
     desired = [a.reshape(2, 4, *a.shape[1:]) for a in desired]
-    if where == "outside":
-        desired[4:] = [d.sum(1) for d in desired[4:]]
+    desired[4:] = [d.sum(1) for d in desired[4:]]
     assert_all_close((*aux, dx, *dparams), desired)
-
-
-def states_after(batches):
-    """Mean and variance of `old_state` after training on batches, one by one."""
-    mean, var, _ = map(np.float64, old_state())
-    for rows in batches:
-        _, new_mean, new_var = oracle.moments(rows)
-        mean = MOMENTUM * mean + (1 - MOMENTUM) * new_mean
-        var = MOMENTUM * var + (1 - MOMENTUM) * new_var
-    return mean, var
 
 
 def test_state_is_a_carry_of_loops():
@@ -118,15 +96,15 @@ def test_state_is_a_carry_of_loops():
     x, scale, bias, *_ = draw((5,), ())
     params, first = jaxbn.Params(scale, bias), old_state()
 
-    def train(x, state):
-        return batch_norm(x, params, state)
-
     @jax.jit
     def loops(x):
-        def at(state):
-            return train(x[state.num_updates - first.num_updates], state)[1]
+        def train(state, x):
+            return batch_norm(x, params, state)[::-1]
 
-        last, y = jax.lax.scan(lambda state, x: train(x, state)[::-1], first, x)
+        def at(state):
+            return train(state, x[state.num_updates - first.num_updates])[0]
+
+        last, y = jax.lax.scan(train, first, x)
         until = first.num_updates + 5
         return y, [
             last,
@@ -138,42 +116,37 @@ def test_state_is_a_carry_of_loops():
     for rows, got in zip(x, y, strict=True):
         assert_close(got, oracle.forward(rows, scale, bias, **OPTIONS), jnp.float32)
     for state in states:
-        for got, want in zip(state, states_after(x), strict=False):
+        for got, want in zip(state, states_after(x), strict=True):
             assert_close(got, want, jnp.float32, 5 * ROWS)
-        assert state.num_updates == first.num_updates + 5
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_cond(training):
+def test_cond():
     """Training and inference as two branches of one program, and their gradient."""
     x, scale, bias, mask, dy, _ = draw((), ())
+    options = OPTIONS | {"mask": mask}
 
     @jax.jit
     def run(training, x):
-        def y_and_state(train):
+        def branch(train):
             params = jaxbn.Params(scale, bias)
             return functools.partial(
-                jaxbn.batch_norm, x, params, train=train, mask=mask, **OPTIONS
+                jaxbn.batch_norm, x, params, train=train, **options
             )
 
-        return jax.lax.cond(
-            training, y_and_state(True), y_and_state(False), old_state()
-        )
+        return jax.lax.cond(training, branch(True), branch(False), old_state())
 
-    y, back, new = jax.vjp(functools.partial(run, training), x, has_aux=True)
-    (dx,) = back(dy[0])
-    options = OPTIONS | {"mask": mask}
-    if training:
-        assert_close(y, oracle.forward(x, scale, bias, **options), jnp.float32)
-        assert_close(dx, oracle.backward(dy[0], x, scale, **options)[0], jnp.float32)
-        assert new.num_updates == 5
-    else:
-        mean, var, _ = map(np.float64, old_state())
-        want = oracle.normalize(x, mean, var, scale, bias, **options)
-        assert_close(y, want, jnp.float32)
-        want = np.where(mask, dy[0], 0) * scale / np.sqrt(var + EPSILON)
-        assert_close(dx, want, jnp.float32)
-        assert new.num_updates == 4
+    mean, var, _ = map(np.float64, old_state())
+    trained = oracle.forward(x, scale, bias, **options)
+    inferred = oracle.normalize(x, mean, var, scale, bias, **options)
+    slope = np.where(mask, dy[0], 0) * scale / np.sqrt(var + EPSILON)
+    for training, want_y, want_dx, updates in (
+        (True, trained, oracle.backward(dy[0], x, scale, **options)[0], 5),
+        (False, inferred, slope, 4),
+    ):
+        y, back, new = jax.vjp(functools.partial(run, training), x, has_aux=True)
+        assert_close(y, want_y, jnp.float32)
+        assert_close(back(dy[0])[0], want_dx, jnp.float32)
+        assert new.num_updates == updates
 
 
 def test_donated_state_is_used_up():
@@ -183,7 +156,7 @@ def test_donated_state_is_used_up():
     train = jax.jit(batch_norm, donate_argnums=2)
     _, new = train(x, jaxbn.Params(scale, bias), state)
     assert all(leaf.is_deleted() for leaf in state)
-    for got, want in zip(new, states_after([x]), strict=False):
+    for got, want in zip(new, states_after([x]), strict=True):
         assert_close(got, want, jnp.float32)
 
 
@@ -201,7 +174,7 @@ def test_no_tracer_leaks_and_no_retracing():
 
         return jax.grad(loss, (0, 1), has_aux=True)(x, params)
 
-    params = jaxbn.Params(jnp.array(scale), jnp.array(bias))
+    params = jax_params(scale, bias)
     with jax.checking_leaks():
         _, new = step(x, params, old_state())
         # The new state is as the old one: a second step compiles nothing.
@@ -246,9 +219,9 @@ def test_linen_vmap(sync):
         return total, (y, new["mean"], new["var"])
 
     f = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
-    grads, aux = f(x, jnp.array(scale), jnp.array(bias))
-    full = [np.broadcast_to(a, (NUM, FEATURES)) for a in (scale, bias)]
-    desired = list(expected(x, *full, mask, dy, *([] if sync else [ALONE])))
+    grads, aux = f(x, *jax_params(scale, bias))
+    full = everywhere(scale, bias)
+    desired = list(expected(x, *full, mask, dy, ALL if sync else ALONE))
     if sync:
         desired[1:3] = [d[0] for d in desired[1:3]]
         desired[4:] = [d.sum(0) for d in desired[4:]]
