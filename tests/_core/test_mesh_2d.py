@@ -1,4 +1,4 @@
-"""A 2-D mesh, data x model: what is sharded over what, and transformations around it."""
+"""A 2-D mesh, data x model: what is sharded over what, and under vmap and scan."""
 
 import functools
 import itertools
@@ -113,7 +113,7 @@ def test_every_combination_of_specs(sync, check_vma, derivative):
 
 
 def first(f, **static):
-    """f of the one row that a device has, for a shard_map over `BATCH`."""
+    """F of the one row that a device has, for a shard_map over `BATCH`."""
 
     def body(x, params, state, mask, dy, c):
         loss = f(x[0], params, state, mask[0], dy[0], c, **static)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from devices import (
     ALL,
-    FEATURES,
     GROUPS,
     KINDS,
     NUM,

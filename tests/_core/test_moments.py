@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import FUSES_SUMS, fuses_sums
+from cases import fuses_sums
 from devices import mesh
 from jax.sharding import PartitionSpec as P
+from steps import assert_exact, desired, step
 
 import jaxbn
 from jaxbn._core.moments import _part
@@ -62,9 +63,7 @@ def test_merged_counts_per_feature_at_a_large_mean():
     x = (rng.normal(size=(100, 4)) + 1e4).astype(np.float32)
     mask = rng.random(x.shape) < 0.7
     mask[:13, 0] = mask[13:, 1] = False
-    parts = (
-        jaxbn.batch_moments(x[s], mask=mask[s]) for s in (np.s_[:13], np.s_[13:])
-    )
+    parts = (jaxbn.batch_moments(x[s], mask=mask[s]) for s in (np.s_[:13], np.s_[13:]))
     merged, (n, mean, var) = merge(*parts), oracle.moments(x, mask=mask)
     np.testing.assert_array_equal(merged.num_elements, n)
     np.testing.assert_allclose(merged.mean, mean, rtol=3e-7)
@@ -107,38 +106,6 @@ def draw(shape=(1000, FEATURES), axis=-1, ratio=0.0, seed=0):
     return tuple(a.astype(np.float32) for a in (x, dy, scale))
 
 
-def step(x, dy, scale, mask=None, **kwargs):
-    """(var, y, dx, dscale) of one training step, and the mean, last."""
-    state = jaxbn.init(len(scale))[1]
-
-    def train(x, scale):
-        params, static = jaxbn.Params(scale, None), {"train": True, "momentum": 0.0}
-        return jaxbn.batch_norm(x, params, state, mask=mask, **static, **kwargs)
-
-    y, vjp, new = jax.vjp(train, x, scale, has_aux=True)
-    return new.var, y, *vjp(dy), new.mean
-
-
-def desired(x, dy, scale, mask=None, axis=-1):
-    x, dy, scale = (np.float64(a) for a in (x, dy, scale))
-    _, mean, var = oracle.moments(x, axis=axis, mask=mask)
-    y = oracle.forward(x, scale, axis=axis, mask=mask)
-    dx, dscale, _ = oracle.backward(dy, x, scale, axis=axis, mask=mask)
-    return var, y, dx, dscale, mean
-
-
-def assert_exact(got, wanted, bounds=(2e-6, 1.5e-6, 1.5e-6, 1.5e-6, 4e-7), where=""):
-    """Each over its largest; but var over itself, and the mean over itself or std."""
-    var, mean = wanted[0], abs(wanted[-1])
-    sizes = var, *(abs(a).max() for a in wanted[1:4]), np.maximum(mean, np.sqrt(var))
-    names = "var", "y", "dx", "dscale", "mean"
-    for name, a, b, size, bound in zip(names, got, wanted, sizes, bounds, strict=True):
-        error = (abs(np.float64(a) - b) / size).max()
-        if not FUSES_SUMS:  # XLA:CPU adds up in another order before jaxlib 0.10.2
-            bound = 10 * bound
-        assert error <= bound, f"{name} {where}: {error:.1e}"
-
-
 @functools.cache
 def alone(axis, **kwargs):
     return jax.jit(functools.partial(step, axis=axis, **kwargs))
@@ -177,8 +144,9 @@ def test_any_mean(way, shape, axis):
 def test_any_mean_under_a_mask(rows):
     mask = np.arange(rows)[:, None] % 7 != 2
     for ratio in (0, 1e4, 1e6):
-        args = *draw((rows, FEATURES), ratio=ratio), mask
-        assert_exact(alone(-1)(*args), desired(*args), where=f"at {ratio:g}")
+        args = draw((rows, FEATURES), ratio=ratio)
+        got, want = alone(-1)(*args, mask=mask), desired(*args, mask)
+        assert_exact(got, want, where=f"at {ratio:g}")
 
 
 def test_one_far_feature_of_many():
@@ -288,7 +256,7 @@ def test_vmap_is_a_loop():
 def test_vmap_over_masks_alone():
     args = draw((100, FEATURES), ratio=1e5)
     masks = np.arange(100)[:, None] < np.array([50, 90])[:, None, None]
-    got = jax.jit(jax.vmap(lambda mask: step(*args, mask)))(masks)
+    got = jax.jit(jax.vmap(lambda mask: step(*args, mask=mask)))(masks)
     for i, mask in enumerate(masks):
         assert_exact([a[i] for a in got], desired(*args, mask))
 

@@ -55,7 +55,7 @@ def desired():
 
 
 def check(net):
-    """`net`, which maps (x, layers, mask) to y and stacked states, and its gradients."""
+    """A net, (x, layers, mask) -> y and stacked states, and its gradients."""
     (x, mask, dy), layers = draw()
 
     def loss(x, layers):

@@ -12,7 +12,6 @@ from cases import assert_close
 from devices import (
     ALL,
     EPSILON,
-    FEATURES,
     MOMENTUM,
     NUM,
     ROWS,
