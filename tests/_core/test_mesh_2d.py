@@ -1,17 +1,15 @@
-"""A 2-D mesh, data x model: what is sharded over what, and under vmap and scan."""
+"""A 2-D mesh, data x model: as in two vmaps, one for each of its axes."""
 
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from cases import assert_close
 from devices import (
     FEATURES,
     NUM,
-    assert_all_close,
     batch_norm,
     check_vma_or_not,
     draw,
@@ -29,120 +27,96 @@ import jaxbn
 
 SHAPE = {"data": 4, "model": 2}
 SPECS = [(None, None), ("data", None), (None, "model"), ("data", "model")]
-COMBINATIONS = list(itertools.product(SPECS, SPECS))
-SYNC = [None, "data", "model", ("model", "data")]  # the latter in no mesh's order
-BATCH = (P("data"), P(), P(), P("data"), P("data"), P())
 
 
-def batches(sync):
-    """The devices that share a batch, by their place in the mesh."""
-    sync = (sync,) if isinstance(sync, str) else sync or ()
-    grid = np.arange(NUM).reshape(*SHAPE.values())
-    rest = [i for i, name in enumerate(SHAPE) if name not in sync]
-    number = int(np.prod([SHAPE[name] for name in sync]))
-    order = rest + [i for i in (0, 1) if i not in rest]
-    return np.transpose(grid, order).reshape(-1, number)
+def arguments(spec_x, spec_p):
+    """Of `local_loss`, with the axes in front over which they are sharded."""
+    lead_x, lead_p = (
+        [n for s, n in zip(spec, SHAPE.values(), strict=True) if s]
+        for spec in (spec_x, spec_p)
+    )
+    x, scale, bias, mask, dy, c = draw(lead_x, lead_p)
+    params = jaxbn.Params(jnp.array(scale), jnp.array(bias))
+    return x, params, old_state(), mask, dy.reshape(4, 2, *dy.shape[1:]), c
 
 
-def lead(spec):
-    """An array's leading axes, one per axis of the mesh: of size 1 where replicated."""
-    return tuple(n if s else 1 for s, n in zip(spec, SHAPE.values(), strict=True))
+def in_two_vmaps(f, spec_x, spec_p, names=tuple(SHAPE)):
+    """The model is the inner one."""
+    for i in (1, 0):
+        x, p = (0 if spec[i] else None for spec in (spec_x, spec_p))
+        f = jax.vmap(f, (x, p, None, x, 0, None), axis_name=names[i])
+    return f
 
 
-def on_mesh(array):
-    """One copy for each device, in a row."""
-    full = np.broadcast_to(array, (*SHAPE.values(), *array.shape[2:]))
-    return full.reshape(NUM, *array.shape[2:])
+def on_mesh(f, spec_x, spec_p, check_vma):
+    def body(x, params, state, mask, dy, c):
+        x, mask, dy = (a.reshape(a.shape[-2:]) for a in (x, mask, dy))
+        params = jax.tree.map(lambda a: a.reshape(FEATURES), params)
+        return jax.tree.map(lambda a: a[None, None], f(x, params, state, mask, dy, c))
+
+    x, p = (P(*filter(None, spec)) for spec in (spec_x, spec_p))
+    return jax.shard_map(
+        body,
+        mesh=mesh(**SHAPE),
+        in_specs=(x, p, P(), x, P(*SHAPE), P()),
+        out_specs=P(*SHAPE),
+        check_vma=check_vma,
+    )
 
 
-def summed(array, spec):
-    """The gradient of what was copied: the sum over its copies."""
-    array = array.reshape(*SHAPE.values(), *array.shape[1:])
-    axes = tuple(i for i, s in enumerate(spec) if s is None)
-    return array.sum(axes, keepdims=True)
+def assert_same(f, g, *args):
+    results = (jax.jit(gradients_of_all(h))(*args) for h in (f, g))
+    for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_close(got.reshape(want.shape), want, jnp.float32, NUM * 6)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("specs", [*itertools.product(SPECS, SPECS)], ids=str)
 @pytest.mark.parametrize(
-    ("sync", "derivative"),
-    [*((sync, "vjp") for sync in SYNC), *((sync, "jvp") for sync in SYNC[1:])],
+    ("sync", "check_vma", "derivative"),
+    [
+        (None, True, "vjp"),
+        ("data", True, "vjp"),
+        ("data", False, "jvp"),
+        ("model", False, "vjp"),
+        (("model", "data"), True, "jvp"),
+        (("model", "data"), False, "vjp"),
+    ],
     ids=str,
 )
-@check_vma_or_not
-def test_every_combination_of_specs(sync, check_vma, derivative):
-    """All specs of x, with its mask, and of the parameters: 16 maps in one program."""
-
-    def body(x, scale, bias, mask, dy, c):
-        mask = None if mask is None else mask[0, 0]
-        params = jaxbn.Params(scale[0, 0], bias[0, 0])
-        static = {"axis_name": sync, "derivative": derivative}
-        loss = local_loss(x[0, 0], params, old_state(), mask, dy[0, 0], c, **static)
-        return jax.tree.map(lambda a: a[None, None], loss)
-
-    def gradients(spec_x, spec_p, *args):
-        of_x, of_params, whole = P(*spec_x), P(*spec_p), P(*SHAPE)
-        devices = jax.shard_map(
-            body,
-            mesh=mesh(**SHAPE),
-            in_specs=(of_x, of_params, of_params, of_x, whole, P()),
-            out_specs=whole,
-            check_vma=check_vma,
-        )
-        return gradients_of_all(devices, (0, 1, 2))(*args)
-
-    @jax.jit
-    def program(drawn):
-        return [
-            gradients(*specs, *args)
-            for specs, args in zip(COMBINATIONS, drawn, strict=True)
-        ]
-
-    drawn = []
-    for spec_x, spec_p in COMBINATIONS:
-        x, scale, bias, mask, dy, c = draw(lead(spec_x), lead(spec_p))
-        mask = None if sync == "model" else mask  # this one is compiled without masks
-        drawn.append((x, scale, bias, mask, dy.reshape(4, 2, *dy.shape[1:]), c))
-    for (spec_x, spec_p), args, (grads, aux) in zip(
-        COMBINATIONS, drawn, program(drawn), strict=True
-    ):
-        full = [None if a is None else on_mesh(a) for a in args[:5]]
-        desired = list(expected(*full, batches(sync)))
-        desired[3:] = map(summed, desired[3:], (spec_x, spec_p, spec_p))
-        aux = [a.reshape(d.shape) for a, d in zip(aux, desired[:3], strict=True)]
-        assert_all_close((*aux, *grads), desired, f"(x {spec_x}, params {spec_p})")
+def test_specs_of_x_and_of_the_parameters(sync, check_vma, derivative, specs):
+    f = functools.partial(local_loss, axis_name=sync, derivative=derivative)
+    args = arguments(*specs)
+    assert_same(on_mesh(f, *specs, check_vma), in_two_vmaps(f, *specs), *args)
 
 
-def first(f, **static):
-    """F of the one row that a device has, for a shard_map over `BATCH`."""
+def over_data(f, check_vma, **axes):
+    """A shard_map of f, with one row of each argument on each device."""
 
     def body(x, params, state, mask, dy, c):
-        loss = f(x[0], params, state, mask[0], dy[0], c, **static)
+        loss = f(x[0], params, state, mask[0], dy[0], c)
         return jax.tree.map(lambda a: a[None], loss)
 
-    return body
+    rows = P("data")
+    return jax.shard_map(
+        body,
+        mesh=mesh(**axes),
+        in_specs=(rows, P(), P(), rows, rows, P()),
+        out_specs=rows,
+        check_vma=check_vma,
+    )
 
 
 @check_vma_or_not
 def test_models_side_by_side(check_vma):
     """Two models in a vmap that `spmd_axis_name` lays over "model"; rows over data."""
-    x, scale, bias, mask, dy, c = draw((2, 4), (2,))
-    dy = dy.reshape(x.shape)
-    one_model = jax.shard_map(
-        first(local_loss, axis_name="data"),
-        mesh=mesh(**SHAPE),
-        in_specs=BATCH,
-        out_specs=P("data"),
-        check_vma=check_vma,
-    )
-    models = jax.vmap(one_model, (0, 0, None, 0, 0, None), spmd_axis_name="model")
-    args = x, jaxbn.Params(jnp.array(scale), jnp.array(bias)), old_state(), mask, dy, c
-    (dx, dparams), aux = jax.jit(gradients_of_all(models))(*args)
-    for i in range(2):
-        full = [np.broadcast_to(a[i], (4, FEATURES)) for a in (scale, bias)]
-        desired = list(expected(x[i], *full, mask[i], dy[i], [list(range(4))]))
-        desired[4:] = [d.sum(0) for d in desired[4:]]
-        got = (*aux, dx, *dparams)
-        assert_all_close([a[i] for a in got], desired, f"(model {i})")
+    f = functools.partial(local_loss, axis_name="data")
+    x, params, state, mask, dy, c = arguments(SPECS[3], SPECS[2])
+    x, mask, dy = (a.swapaxes(0, 1) for a in (x, mask, dy))
+    axes = (0, 0, None, 0, 0, None)
+    models = jax.vmap(over_data(f, check_vma, **SHAPE), axes, spmd_axis_name="model")
+    each = jax.vmap(f, (0, None, None, 0, 0, None), axis_name="data")
+    assert_same(models, jax.vmap(each, axes), x, params, state, mask, dy, c)
 
 
 @pytest.mark.parametrize("axis_name", [("data", "lane"), ("lane", "data")], ids=str)
@@ -152,26 +126,11 @@ def test_axes_of_shard_map_and_vmap_together(axis_name):
     Not with check_vma, where JAX has no collective over the axis of a vmap: a plain
     lax.psum(x, "lane") in shard_map is an AssertionError with no message (0.10, 0.12).
     """
-    x, scale, bias, mask, dy, c = draw((4, 2), ())
-    lanes = jax.vmap(
-        functools.partial(local_loss, axis_name=axis_name),
-        (0, None, None, 0, 0, None),
-        axis_name="lane",
-    )
-    devices = jax.shard_map(
-        first(lanes),
-        mesh=mesh(data=4),
-        in_specs=BATCH,
-        out_specs=P("data"),
-        check_vma=False,
-    )
-    args = x, jaxbn.Params(scale, bias), old_state(), mask, dy.reshape(x.shape), c
-    (dx, dparams), aux = jax.jit(gradients_of_all(devices))(*args)
-    rows = [a.reshape(dy.shape) for a in (x, mask)]
-    desired = list(expected(rows[0], *everywhere(scale, bias), rows[1], dy))
-    desired[4:] = [d.sum(0) for d in desired[4:]]
-    got = [a.reshape(NUM, *a.shape[2:]) for a in (*aux, dx)]
-    assert_all_close((*got, *dparams), desired)
+    f = functools.partial(local_loss, axis_name=axis_name)
+    lanes = jax.vmap(f, (0, None, None, 0, 0, None), axis_name="lane")
+    specs = SPECS[3], SPECS[0]
+    vmaps = in_two_vmaps(f, *specs, names=("data", "lane"))
+    assert_same(over_data(lanes, False, data=4), vmaps, *arguments(*specs))
 
 
 @check_vma_or_not

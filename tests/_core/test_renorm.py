@@ -61,20 +61,20 @@ def test_equals_the_paper(derivative):
         _, plain = jaxbn.batch_norm(x, params, state, train=True)
         return y, new, plain, vjp(jnp.asarray(WEIGHT))
 
+    primals, h = {"x": X, "scale": SCALE, "bias": BIAS}, 1e-6
     for limits in ((1.0, 0.0), (1.5, 0.3), (3.0, 5.0), (100.0, 100.0)):
+        by_paper = functools.partial(paper, r_max=limits[0], d_max=limits[1])
         with jax.enable_x64(True):
             y, new, plain, (dx, dparams) = step(*arguments(), *limits)
-        np.testing.assert_allclose(y, paper(X, *limits), rtol=1e-10)
+        np.testing.assert_allclose(y, by_paper(X), rtol=1e-10)
         for got, want in zip(new, plain, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-12)
-        h = 1e-6
-        for i, gradient, moved in [
-            (0, dx, lambda v: paper(X + v, *limits)),
-            (1, dparams.scale, lambda v: paper(X, *limits, scale=SCALE + v)),
-            (2, dparams.bias, lambda v: paper(X, *limits, bias=BIAS + v)),
-        ]:
-            v = np.random.default_rng(i).normal(size=gradient.shape)
-            slope = ((moved(h * v) - moved(-h * v)) * WEIGHT).sum() / (2 * h)
+        for name, gradient in zip(primals, (dx, *dparams), strict=True):
+            v = np.random.default_rng(len(name)).normal(size=gradient.shape)
+            ends = [
+                by_paper(**primals | {name: primals[name] + t * v}) for t in (h, -h)
+            ]
+            slope = ((ends[0] - ends[1]) * WEIGHT).sum() / (2 * h)
             np.testing.assert_allclose((np.asarray(gradient) * v).sum(), slope, 1e-6)
 
 

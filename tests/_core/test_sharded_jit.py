@@ -22,13 +22,15 @@ from jaxbn.linen import BatchNorm
 ROWS, FEATURES = 64, 4
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 STATE = jaxbn.init(FEATURES)[1]
+NORM = functools.partial(jaxbn.batch_norm, train=True)
+BOTH = P("data", "model")
 MASK = np.arange(ROWS)[:, None] % 7 > 0
 LAYOUTS = {  # of x, and of what has one entry per feature
     "batch": (P("data", None), P()),
     "batch over both": (P(("data", "model"), None), P()),
     "features": (P(None, "model"), P("model")),
-    "batch and features": (P("data", "model"), P("model")),
-    "batch and features, replicated params": (P("data", "model"), P()),
+    "batch and features": (BOTH, P("model")),
+    "batch and features, replicated params": (BOTH, P()),
 }
 
 
@@ -68,6 +70,17 @@ def assert_same(got, want):
     )
 
 
+def sharded_as_whole(kind, specs, norm, *args, like=None):
+    """The results on the mesh of `with_gradients`, which are those on one device."""
+    want = jax.jit(functools.partial(with_gradients, like or norm))(*args)
+    devices = mesh(data=4, model=2, kind=kind)
+    with jax.set_mesh(devices):
+        on_mesh = [put(devices, *each) for each in zip(args, specs, strict=True)]
+        got = jax.jit(functools.partial(with_gradients, norm))(*on_mesh)
+    assert_same(got, want)
+    return got
+
+
 @pytest.mark.parametrize(
     ("kind", "derivative"),
     [
@@ -80,7 +93,6 @@ def assert_same(got, want):
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_whole_batch(kind, layout, derivative):
-    devices = mesh(data=4, model=2, kind=kind)
     of_x, of_params = LAYOUTS[layout]
     x, params, dy = draw()
     mask = np.random.default_rng(1).random(x.shape) < np.linspace(0.2, 1, ROWS)[:, None]
@@ -89,27 +101,17 @@ def test_equals_the_whole_batch(kind, layout, derivative):
     def norm(x, params, state, mask):
         return batch_norm(x, params, state, mask=mask, derivative=derivative)
 
-    with jax.set_mesh(devices):
-        y, new, (dx, dparams) = jax.jit(functools.partial(with_gradients, norm))(
-            put(devices, x, of_x),
-            put(devices, params, of_params),
-            put(devices, dy, of_x),
-            put(devices, STATE, of_params),
-            put(devices, mask, of_x),
-        )
-    options = {"epsilon": EPSILON, "mask": mask}
-    assert_close(y, oracle.forward(x, *params, **options), jnp.float32, ROWS)
-    want = oracle.backward(dy, x, params.scale, **options)
-    for got, desired in zip((dx, *dparams), want, strict=True):
-        assert_close(got, desired, jnp.float32, ROWS)
-    _, mean, var = oracle.moments(x, mask=mask)
-    assert_close(new.mean, (1 - MOMENTUM) * mean, jnp.float32, ROWS)
-    assert_close(new.var, MOMENTUM + (1 - MOMENTUM) * var, jnp.float32, ROWS)
-    whole = NamedSharding(devices, of_x).shard_shape(x.shape)
+    specs = of_x, of_params, of_x, of_params, of_x
+    args = x, params, dy, STATE, mask
+    y, new, (dx, _) = sharded_as_whole(kind, specs, norm, *args)
+    want = oracle.forward(x, *params, epsilon=EPSILON, mask=mask)
+    assert_close(y, want, jnp.float32, ROWS)
+    whole = NamedSharding(mesh(data=4, model=2), of_x).shard_shape(x.shape)
     for big in (y, dx):  # neither was gathered
         assert big.sharding.shard_shape(x.shape) == whole
     if kind == EXPLICIT:  # part of the type, which an update keeps
-        assert new.mean.sharding.is_equivalent_to(NamedSharding(devices, of_params), 1)
+        of_state = NamedSharding(new.mean.sharding.mesh, of_params)
+        assert new.mean.sharding.is_equivalent_to(of_state, 1)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
@@ -119,61 +121,44 @@ def test_equals_the_whole_batch(kind, layout, derivative):
         (32, P(("data", "model"))),
         (104, P("data")),
         (104, P(("data", "model"))),
-        (256, P("data", "model")),
+        (256, BOTH),
         (4096, P(("data", "model"))),
     ],
 )
 def test_every_number_of_rows(kind, rows, spec):
     """The part of the batch is made of blocks that each lie on one device."""
-    devices = mesh(data=4, model=2, kind=kind)
     x, params, dy = draw(rows, mean=1000)
 
-    def norm(x, params):
-        return batch_norm(x, params, STATE)
+    @jax.jit
+    def step(x, dy):
+        y, vjp, new = jax.vjp(lambda x: batch_norm(x, params, STATE), x, has_aux=True)
+        return y, *vjp(dy), new.var
 
+    devices = mesh(data=4, model=2, kind=kind)
     with jax.set_mesh(devices):
-        args = put(devices, x, spec), params, put(devices, dy, spec)
-        y, new, (dx, _) = jax.jit(functools.partial(with_gradients, norm))(*args)
+        y, dx, var = step(*put(devices, (x, dy), spec))
     want = oracle.forward(x, *params, epsilon=EPSILON)
     assert_close(y, want, jnp.float32, rows)
     want, *_ = oracle.backward(dy, np.float64(x), params.scale, epsilon=EPSILON)
     assert_close(dx, want, jnp.float32, rows)
     want = MOMENTUM + (1 - MOMENTUM) * np.float64(x).var(0)
-    assert_close(new.var, want, jnp.float32, rows)
+    assert_close(var, want, jnp.float32, rows)
 
 
 # 32 rows are two shards: JAX cuts no ghost batch, so that the rows are gathered.
 @pytest.mark.parametrize(
-    ("size", "spec"),
-    [
-        (4, P("data")),
-        (8, P("data", "model")),
-        (32, P("data")),
-        (32, P("data", "model")),
-    ],
-    ids=str,
+    ("size", "spec"), [(4, P("data")), (8, BOTH), (32, BOTH)], ids=str
 )
 def test_ghosts_of_rows_on_an_explicit_mesh(size, spec):
-    x, params, dy = draw()
     static = {"train": True, "ghost_batch_size": size}
 
     def norm(x, params, state, mask):
         return jaxbn.ghost_batch_norm(x, params, state, mask=mask, **static)
 
-    f = jax.jit(functools.partial(with_gradients, norm))
-    want = f(x, params, dy, STATE, MASK)
-    devices = mesh(data=4, model=2, kind=EXPLICIT)
-    of_features = P(*spec[1:])
-    with jax.set_mesh(devices):
-        got = f(
-            put(devices, x, spec),
-            put(devices, params, of_features),
-            put(devices, dy, spec),
-            put(devices, STATE, of_features),
-            put(devices, MASK, P("data")),
-        )
-    assert_same(got, want)
-    assert jax.typeof(got[0]).sharding.spec == P(*spec, *[None] * (2 - len(spec)))
+    features = P(*spec[1:])
+    specs = spec, features, spec, features, P("data")
+    y, *_ = sharded_as_whole(EXPLICIT, specs, norm, *draw(), STATE, MASK)
+    assert jax.typeof(y).sharding.spec == P(*spec, *[None] * (2 - len(spec)))
 
 
 def test_ghosts_of_a_linen_module_on_an_explicit_mesh():
@@ -187,7 +172,7 @@ def test_ghosts_of_a_linen_module_on_an_explicit_mesh():
 
 def test_merged_moments_of_sharded_features():
     x, *_ = draw()
-    x = put(mesh(data=4, model=2, kind=EXPLICIT), x, P("data", "model"))
+    x = put(mesh(data=4, model=2, kind=EXPLICIT), x, BOTH)
 
     @jax.jit
     def merged(a, b):
@@ -198,23 +183,15 @@ def test_merged_moments_of_sharded_features():
 
 
 def test_a_named_axis_beside_an_explicit_one():
-    x, params, dy = draw()
-    devices = mesh(data=4, model=2, kind=EXPLICIT)
-    norm = functools.partial(jaxbn.batch_norm, state=STATE, train=True)
-    rows = (P("data"), P())
+    norm, rows = functools.partial(NORM, state=STATE), (P("data"), P())
     named = jax.shard_map(
         lambda x, params: norm(x, params, axis_name="data"),
         in_specs=rows,
         out_specs=rows,
         axis_names={"data"},
-        mesh=devices,
+        mesh=mesh(data=4, model=2, kind=EXPLICIT),
     )
-    whole = jax.jit(functools.partial(with_gradients, norm))(x, params, dy)
-    with jax.set_mesh(devices):
-        x, dy = put(devices, (x, dy), P("data", "model"))
-        params = put(devices, params, P("model"))
-        got = jax.jit(functools.partial(with_gradients, named))(x, params, dy)
-    assert_same(got, whole)
+    sharded_as_whole(EXPLICIT, (BOTH, P("model"), BOTH), named, *draw(), like=norm)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -230,9 +207,8 @@ def test_vmap_of_a_shard_map_over_another_axis(masked):
         check_vma=True,
     )
     def named(x, mask, params, state):
-        static = {"train": True, "axis_name": "data"}
         mask = mask if masked else None
-        return jaxbn.batch_norm(x, params, state, mask=mask, **static)
+        return NORM(x, params, state, mask=mask, axis_name="data")
 
     f = jax.vmap(named, in_axes=(0, None, None, None), spmd_axis_name="model")
     of_x = put(devices, x, P("model", "data"))
@@ -248,13 +224,13 @@ def test_one_count_for_shards_of_features(options):
 
     The usual layout: rows over data, features over model, moments over data only.
     """
-    norm = functools.partial(jaxbn.batch_norm, train=True, **options)
+    norm = functools.partial(NORM, **options)
     of_state = jaxbn.State(P("model"), P("model"), P())
     sharded = jax.shard_map(
         functools.partial(norm, axis_name="data"),
         mesh=mesh(data=4, model=2),
-        in_specs=(P("data", "model"), P("model"), of_state),
-        out_specs=(P("data", "model"), of_state),
+        in_specs=(BOTH, P("model"), of_state),
+        out_specs=(BOTH, of_state),
     )
     got, want = (jax.jit(functools.partial(with_gradients, f)) for f in (sharded, norm))
     for spoiled in (0, 1, FEATURES):
@@ -270,10 +246,9 @@ def test_vmap_over_an_explicit_axis_of_an_unmapped_cotangent():
     """The cotangent was made outside the mesh, and nobody tells it of the mesh."""
     x, params, dy = draw()
     x, dy = np.stack([x, x[::-1] ** 2]), jnp.asarray(dy)
-    norm = functools.partial(jaxbn.batch_norm, state=STATE, train=True)
 
     def dx(x):
-        return jax.vjp(lambda x: norm(x, params)[0], x)[1](dy)[0]
+        return jax.vjp(lambda x: NORM(x, params, STATE)[0], x)[1](dy)[0]
 
     want = jax.jit(lambda x: jnp.stack([dx(x[0]), dx(x[1])]))(x)
     devices = mesh(model=2, kind=EXPLICIT)
