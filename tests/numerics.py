@@ -182,8 +182,8 @@ def is_over(row):
     return judged and not row["errors"]["jaxbn"] <= max(LIMIT, row["floor"])
 
 
-# The layers of `jaxbn bench`. Running statistics of others are not measured: each library
-# keeps them in its own way.
+# The layers of `jaxbn bench`. Running statistics of others are not measured: each
+# library keeps them in its own way.
 
 
 def torch_step(num_features):

@@ -11,6 +11,7 @@ import pytest
 from cases import assert_close
 from devices import (
     EPSILON,
+    FEATURES,
     NUM,
     ROWS,
     assert_all_close,
@@ -23,6 +24,7 @@ from devices import (
     old_state,
     states_after,
 )
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxbn
 
@@ -98,6 +100,64 @@ def test_state_is_a_carry_of_loops():
     for state in states:
         for got, want in zip(state, states_after(x), strict=True):
             assert_close(got, want, jnp.float32, 5 * ROWS)
+
+
+POLICIES = {
+    "nothing": None,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("y"),
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "derivative", "loop"),
+    [
+        ("nothing", "vjp", jax.lax.scan),
+        ("everything", "vjp", jax.lax.scan),
+        ("dots", "jvp", jax.lax.scan),
+        ("names", "jvp", jax.lax.scan),
+        ("nothing", "jvp", None),
+        ("names", "vjp", None),
+    ],
+)
+def test_remat_of_stacked_layers(policy, derivative, loop):
+    """Three blocks tanh(batch_norm(h @ w)), as a scan or one after the other."""
+    x, scale, bias, mask, dy, _ = draw((), (3,))
+    w = np.random.default_rng(1).normal(size=(3, FEATURES, FEATURES))
+    layers = w.astype(np.float32), scale, bias
+
+    def formula(h, layer):
+        w, scale, bias = layer
+        z, n = h @ w, mask.sum(0, dtype=np.float32)
+        mean = jnp.where(mask, z, 0).sum(0) / n
+        var = jnp.where(mask, (z - mean[None]) ** 2, 0).sum(0) / n
+        y = (z - mean[None]) * (scale / jnp.sqrt(var + EPSILON))[None] + bias[None]
+        return jnp.tanh(jnp.where(mask, y, 0)), None
+
+    @functools.partial(jax.checkpoint, policy=POLICIES[policy])
+    def block(h, layer):
+        w, *params = layer
+        static = {"mask": mask, "derivative": derivative}
+        y, _ = batch_norm(h @ w, jaxbn.Params(*params), old_state(), **static)
+        return jnp.tanh(checkpoint_name(y, "y")), None
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradients(block, loop, x, layers):
+        def loss(x, layers):
+            if loop:
+                y, _ = loop(block, x, layers)
+            else:
+                y = x
+                for layer in zip(*layers, strict=True):
+                    y, _ = block(y, layer)
+            return (y * dy[0]).sum(), y
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, layers)
+
+    got, want = (gradients(f, loop, x, layers) for f in (block, formula))
+    for a, d in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, d, atol=2e-5 * np.abs(d).max(), rtol=0)
 
 
 def test_cond():
