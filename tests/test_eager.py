@@ -29,8 +29,8 @@ def training(norm, **kwargs):
     return functools.partial(norm, train=True, **kwargs), (X, *jaxbn.init(4))
 
 
-def gradient(**kwargs):
-    call, (x, params, state) = training(jaxbn.batch_norm, **kwargs)
+def gradient():
+    call, (x, params, state) = training(jaxbn.batch_norm, mask=MASK)
     loss = jax.grad(lambda *args: (call(*args)[0] ** 2).sum(), (0, 1))
     return loss, (jnp.asarray(x), params, state)
 
@@ -64,15 +64,12 @@ def of_nnx(tool, **kwargs):
 
 CALLS = {
     "batch_norm": lambda: training(jaxbn.batch_norm),
-    "batch_norm, mask": lambda: training(jaxbn.batch_norm, mask=MASK),
     "gradient": gradient,
-    "gradient, mask": lambda: gradient(mask=MASK),
     "batch_moments": lambda: (jaxbn.batch_moments, (X,)),
     "forward, backward": forward_and_backward,
     "ghost": lambda: training(jaxbn.ghost_batch_norm, ghost_batch_size=4),
     "renorm": lambda: training(jaxbn.batch_renorm, r_max=3.0, d_max=5.0),
     "linen": lambda: linen(jaxbn.linen.BatchNorm(False)),
-    "linen renorm": lambda: linen(jaxbn.linen.BatchRenorm(False)),
     "nnx": lambda: (jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0)), (X,)),
     "nnx renorm": lambda: (jaxbn.nnx.BatchRenorm(4, rngs=nnx.Rngs(0)), (X,)),
     "recalibrate": lambda: of_linen(jaxbn.linen.recalibrate),

@@ -24,7 +24,6 @@ each_small = pytest.mark.parametrize(
     ],
     **case_ids,
 )
-each_derivative = pytest.mark.parametrize("derivative", ["vjp", "jvp"])
 
 
 class Problem:
@@ -105,7 +104,7 @@ def test_forward_mode(x64, case):
         assert_same(got, want)
 
 
-@each_derivative
+@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
 @each_small
 def test_hessian(x64, case, derivative):
     """Forward over reverse, reverse over reverse, and product by product."""
@@ -122,16 +121,6 @@ def test_hessian(x64, case, derivative):
     want = slopes(p.oracle_gradient, p.at)
     for got in hessians(p.at):
         assert_same(got, want)
-
-
-@each_derivative
-def test_third_derivative(x64, derivative):
-    """The slope of the Hessian, which is tested above."""
-    p = Problem(Case("column", (4, 1)), derivative)
-    hessian = jax.jit(jax.jacrev(jax.grad(p.loss)))
-    third = jax.jit(jax.grad(lambda at: jnp.vdot(hessian(at) @ p.along, at)))
-    want = slope(hessian, p.at, p.along) @ p.at + hessian(p.at) @ p.along
-    np.testing.assert_allclose(third(p.at), want, atol=1e-5)
 
 
 def test_default_has_no_forward_mode(x64):

@@ -72,16 +72,6 @@ def test_a_feature_with_non_finite_statistics_keeps_its_old_ones(poison):
     jax.tree.map(np.testing.assert_array_equal, run(data[1:], state=before)[1], before)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"average": True}, {"running_variance": "unbiased"}]
-)
-def test_nothing_to_count_changes_nothing(kwargs):
-    _, before = run(draw(2), **kwargs)
-    for data, mask in ((draw(1), np.zeros((8, 1), bool)), (draw(1)[:, :0], None)):
-        _, after = run(data, mask, before, **kwargs)
-        jax.tree.map(np.testing.assert_array_equal, after, before)
-
-
 def test_unbiased_needs_two_elements():
     one = np.zeros((8, 3), bool)
     one[0] = one[1, 2] = True
