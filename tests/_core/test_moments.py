@@ -94,7 +94,6 @@ SHAPES = {  # a division by 1000 rounds, one by 4096 does not
     # Here XLA:CPU fuses the division of an unrounded shift: 8e-3 at mean/std 1e6.
     "odd, wide": ((154, 256), -1),
 }
-shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
 
 
 def draw(shape=(1000, FEATURES), axis=-1, ratio=0.0, seed=0):
@@ -131,7 +130,7 @@ WAYS = {
 }
 
 
-@shapes
+@pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_any_mean(way, shape, axis):
     f = WAYS[way](axis)
@@ -174,29 +173,19 @@ def part_of(shape, axis):
     return np.isin(places, part)
 
 
-def apart(part, noise):
-    """The part at 0, and the rest at 1e4."""
-    return np.where(part, 0, 1e4) + noise
-
-
-def outliers(part, noise):
-    """All of the part at 1e6."""
-    return np.where(part, 1e6, 0) + noise
-
-
-def few_outliers(part, noise):
-    """Here and there one of the part at 1e6."""
-    return np.where(part & (noise > 1), 1e6, 0) + noise
-
-
+ADVERSARIES = {
+    "apart": lambda part, noise: np.where(part, 0, 1e4) + noise,
+    "all of it far": lambda part, noise: np.where(part, 1e6, 0) + noise,
+    "outliers": lambda part, noise: np.where(part & (noise > 1), 1e6, 0) + noise,
+}
 MORE = {"odd": ((77, FEATURES), -1), "narrow": ((8, 33, FEATURES), -1)}
 
 
-@pytest.mark.parametrize("adversary", [apart, outliers, few_outliers])
+@pytest.mark.parametrize("adversary", ADVERSARIES)
 @pytest.mark.parametrize(("shape", "axis"), (SHAPES | MORE).values(), ids=SHAPES | MORE)
 def test_adversaries(shape, axis, adversary):
     x, dy, scale = draw(shape, axis)
-    x = adversary(part_of(shape, axis), x).astype(np.float32)
+    x = ADVERSARIES[adversary](part_of(shape, axis), x).astype(np.float32)
     got, wanted = alone(axis)(x, dy, scale), desired(x, dy, scale, axis=axis)
     assert_exact(got, wanted, bounds=[2e-5] * 5)
 
