@@ -119,12 +119,12 @@ def gradients_of_all(f, argnums=(0, 1)):
     return jax.grad(total, argnums, has_aux=True)
 
 
-def over_devices(kind, f, in_axes, spmd_axis_name=None):
+def over_devices(kind, f, in_axes):
     """F over the leading axes of its arguments (None: replicated), named "d"."""
     if kind == "pmap":
         return jax.pmap(f, axis_name="d", in_axes=in_axes)
     if kind == "vmap":
-        return jax.vmap(f, in_axes, axis_name="d", spmd_axis_name=spmd_axis_name)
+        return jax.vmap(f, in_axes, axis_name="d")
 
     def body(*args):
         args = [

@@ -22,11 +22,9 @@ from devices import (
     expected,
     gradients_of_all,
     local_loss,
-    mesh,
     old_state,
     over_devices,
 )
-from jax.sharding import PartitionSpec as P
 
 import jaxbn
 
@@ -96,26 +94,6 @@ def test_without_a_mask_and_with_a_batch_for_each_device(kind, axis_name):
     (dx, dparams), aux = f(x, jaxbn.Params(scale, bias), old_state(), None, dy, c)
     batches = ALL if axis_name else [[i] for i in range(NUM)]
     desired = expected(x, scale, bias, None, dy, batches)
-    assert_all_close((*aux, dx, *dparams), desired)
-
-
-def test_vmap_with_spmd_axis_name():
-    """The lanes of the vmap lie on devices, and share one batch."""
-    x, scale, bias, mask, dy, c = draw(lead_params=())
-
-    def loss(x, *args):
-        # It is such a constraint that `spmd_axis_name` changes: lanes stay on "d".
-        x = jax.lax.with_sharding_constraint(x, P(None, None))
-        return local_loss(x, *args, axis_name="lane")
-
-    grad = jax.grad(loss, (0, 1), has_aux=True)
-    lanes = jax.vmap(grad, IN_AXES, axis_name="lane", spmd_axis_name="d")
-    with jax.set_mesh(mesh(d=NUM)):
-        x = jax.device_put(x, P("d"))
-        params = jaxbn.Params(scale, bias)
-        (dx, dparams), aux = jax.jit(lanes)(x, params, old_state(), mask, dy, c)
-    assert dx.sharding.shard_shape(dx.shape)[0] == 1
-    desired = expected(x, *everywhere(scale, bias), mask, dy)
     assert_all_close((*aux, dx, *dparams), desired)
 
 

@@ -1,4 +1,4 @@
-"""vmap, loops and branches, and donation."""
+"""vmap, loops, remat and donation."""
 
 import functools
 
@@ -158,29 +158,6 @@ def test_remat_of_stacked_layers(policy, derivative, loop):
     got, want = (gradients(f, loop, x, layers) for f in (block, formula))
     for a, d in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, d, atol=2e-5 * np.abs(d).max(), rtol=0)
-
-
-def test_cond():
-    """Training and inference as two branches of one program, and their gradient."""
-    x, scale, bias, mask, dy, _ = draw((), ())
-    params, state = jax_params(scale, bias), old_state()
-
-    def train(x, train):
-        return batch_norm(x, params, state, mask=mask, train=train)
-
-    def either(x, training):
-        branches = (functools.partial(train, train=t) for t in (True, False))
-        return jax.lax.cond(training, *branches, x)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(f, x, training):
-        y, back, new = jax.vjp(lambda x: f(x, training), x, has_aux=True)
-        return y, back(dy[0]), new
-
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    for training in (True, False):
-        want = run(functools.partial(lambda t, x, _: train(x, t), training), x, 0)
-        jax.tree.map(close, run(either, x, training), want)
 
 
 def test_donated_state_is_used_up_and_the_new_one_is_as_it_was():
