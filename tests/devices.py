@@ -59,6 +59,21 @@ def old_state():
     )
 
 
+def states_after(batches):
+    """`old_state` after training on batches, one by one, in float64."""
+    mean, var, num_updates = map(np.float64, old_state())
+    for rows in batches:
+        _, new_mean, new_var = oracle.moments(rows)
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * new_mean
+        var = MOMENTUM * var + (1 - MOMENTUM) * new_var
+    return mean, var, num_updates + len(batches)
+
+
+def everywhere(*arrays):
+    """One copy of each for each device."""
+    return [np.broadcast_to(a, (NUM, *np.shape(a)[-1:])) for a in arrays]
+
+
 def expected(x, scale, bias, mask, dy, batches=ALL):
     """(y, mean, var, dx, dscale, dbias), all with the devices in front.
 
@@ -94,12 +109,22 @@ def local_loss(x, params, state, mask, dy, c, **static):
     return loss, (y, new.mean, new.var)
 
 
-def over_devices(kind, f, in_axes, spmd_axis_name=None):
+def gradients_of_all(f, argnums=(0, 1)):
+    """The gradients of the sum of all losses, where f gives (losses, aux); and aux."""
+
+    def total(*args):
+        losses, aux = f(*args)
+        return losses.sum(), aux
+
+    return jax.grad(total, argnums, has_aux=True)
+
+
+def over_devices(kind, f, in_axes):
     """F over the leading axes of its arguments (None: replicated), named "d"."""
     if kind == "pmap":
         return jax.pmap(f, axis_name="d", in_axes=in_axes)
     if kind == "vmap":
-        return jax.vmap(f, in_axes, axis_name="d", spmd_axis_name=spmd_axis_name)
+        return jax.vmap(f, in_axes, axis_name="d")
 
     def body(*args):
         args = [

@@ -28,17 +28,15 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 import time
-
-os.environ.setdefault("KERAS_BACKEND", "jax")  # read when it is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
+from jaxbn.cli.bench import layers
 
 EPSILON = 1e-5
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -47,7 +45,7 @@ RATIOS = [1, 10, 100, 1000, 10_000, 100_000, 1_000_000]
 COUNTS = [1, 2, 10, 100, 10_000, 1_000_000]
 MEASURES = ["mean", "var", "y", "dx", "dscale"]
 LIMIT = 2e-6  # of y, over the largest of its feature
-STABLE = ["flax-stable", "equinox", "keras", "torch"]  # the others: E[x^2] - E[x]^2
+LIBRARIES = [name for name in layers.PEERS if name != "nnx"]  # that is "flax-fast"
 
 FLOAT32 = np.finfo(np.float32)
 
@@ -153,20 +151,25 @@ def measure(cell, libraries):
     ]
     with np.errstate(over="ignore", invalid="ignore"):
         desired = truth(*drawn)
-    results = {
-        name: step(drawn[0].shape[1], cell.n, cell.dtype, name)(*arrays)
-        for name in libraries
-        if cell.n > 1 or name != "torch"  # which wants two elements
-    }
+    kind = drawn[0].shape[1], cell.n, cell.dtype
+    # Not every library is strict.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        results = {
+            name: step(*kind, name)(*arrays)
+            for name in libraries
+            if name == "jaxbn" or cell.n > 1
+            if (name, cell.dtype) != ("keras", "float16")  # it is made for bfloat16
+        }
     # Beyond float32: the variance, or the squares of what rounding a mean leaves.
     mean, var = (desired[name][0] for name in MEASURES[:2])
     left = cell.n * (float(FLOAT32.eps) * abs(mean)) ** 2
     beyond = bool((np.isinf(var) | (left > FLOAT32.max)).any())
     rows = []
-    # One element per feature is no batch to train on: there are moments only.
     for name in MEASURES if cell.n > 1 else MEASURES[:2]:
         value, unit, slope = desired[name]
-        errors = {k: error(r[name], value, unit) for k, r in results.items()}
+        errors = {
+            k: error(r[name], value, unit) for k, r in results.items() if name in r
+        }
         row = {"measure": name, "floor": floor(cell.dtype, name, unit, slope)}
         row["judged"] = name in ("mean", "var") or not beyond
         rows.append(dataclasses.asdict(cell) | row | {"errors": errors})
@@ -179,103 +182,17 @@ def is_over(row):
     return judged and not row["errors"]["jaxbn"] <= max(LIMIT, row["floor"])
 
 
-# The libraries: `(x, scale) -> y, (mean, var)` for one training batch. Momentum is 0,
-# so that the running statistics are those of the batch.
+# The layers of `jaxbn bench`. Running statistics of others are not measured: each
+# library keeps them in its own way.
 
 
-def with_jaxbn(num_features, n, dtype):
-    params, state = jaxbn.init(num_features)
-
-    def apply(x, scale):
-        _, mean, var = jaxbn.batch_moments(x)
-        if n == 1:
-            return x, (mean, var)
-        new = params._replace(scale=scale)
-        y, _ = jaxbn.batch_norm(x, new, state, train=True, epsilon=EPSILON)
-        return y, (mean, var)
-
-    return apply
-
-
-def with_flax(num_features, n, dtype, *, fast):
-    import flax.linen as nn
-
-    norm = nn.BatchNorm(
-        False, momentum=0.0, epsilon=EPSILON, dtype=dtype, use_fast_variance=fast
-    )
-    zeros = jnp.zeros(num_features)
-
-    def apply(x, scale):
-        variables = {
-            "params": {"scale": scale, "bias": zeros},
-            "batch_stats": {"mean": zeros, "var": zeros},
-        }
-        y, updates = norm.apply(variables, x, mutable=["batch_stats"])
-        return y, (updates["batch_stats"]["mean"], updates["batch_stats"]["var"])
-
-    return apply
-
-
-def with_haiku(num_features, n, dtype):
-    import haiku as hk
-
-    net = hk.without_apply_rng(
-        hk.transform_with_state(
-            lambda x: hk.BatchNorm(True, True, 0.0, eps=EPSILON)(x, True)
-        )
-    )
-
-    def apply(x, scale):
-        wide = x.astype(jnp.float32)  # it computes in the dtype of x
-        params, state = net.init(None, wide)
-        params["batch_norm"]["scale"] = scale[None]
-        y, state = net.apply(params, state, wide)
-        mean, var = (
-            state[f"batch_norm/~/{name}_ema"]["average"][0] for name in ("mean", "var")
-        )
-        return y.astype(x.dtype), (mean, var)
-
-    return apply
-
-
-def with_equinox(num_features, n, dtype):
-    import equinox as eqx
-
-    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-        num_features, "batch", eps=EPSILON, momentum=0.0, mode="batch"
-    )
-
-    def apply(x, scale):
-        new = eqx.tree_at(lambda norm: norm.weight, norm, scale)
-        y, after = jax.vmap(
-            new, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
-        )(x.astype(jnp.float32), state)  # it computes in the dtype of x
-        return y.astype(x.dtype), after.get(norm.batch_state_index)
-
-    return apply
-
-
-def with_keras(num_features, n, dtype):
-    import keras
-
-    policy = "float32" if dtype == "float32" else f"mixed_{dtype}"
-    norm = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPSILON, dtype=policy)
-    norm.build((None, num_features))
-    zeros = jnp.zeros(num_features)
-
-    def apply(x, scale):
-        return norm.stateless_call([scale, zeros], [zeros, zeros], x, training=True)
-
-    return apply
-
-
-def torch_step(num_features, n, dtype):
+def torch_step(num_features):
     import torch
 
     torch.set_num_threads(1)
-    kind = getattr(torch, dtype)
 
     def run(x, scale, dy):
+        n, kind = len(x), getattr(torch, x.dtype.name)
         # Features second, one example: it then adds up in float64; with (n, features)
         # in float32, one after the other.
         x, dy = (
@@ -294,37 +211,36 @@ def torch_step(num_features, n, dtype):
     return run
 
 
-LIBRARIES = {
-    "jaxbn": with_jaxbn,
-    "flax-fast": functools.partial(with_flax, fast=True),
-    "haiku": with_haiku,
-    "flax-stable": functools.partial(with_flax, fast=False),
-    "equinox": with_equinox,
-    "keras": with_keras,
-    "torch": None,
-}
-
-
 @functools.cache
 def step(num_features, n, dtype, name):
     """`(x, scale, dy)` -> results by measure, of one training step."""
     if name == "torch":
-        return torch_step(num_features, n, dtype)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        apply = LIBRARIES[name](num_features, n, dtype)
+        return torch_step(num_features)
+
+    def moments(x):
+        _, mean, var = jaxbn.batch_moments(x)
+        return {"mean": mean, "var": var}
+
+    if n == 1:  # no batch to train on
+        return jax.jit(lambda x, *_: moments(x))
+    layer = layers.PEERS[name].build(jnp.ones((n, num_features), dtype), -1, None)
+    leaves, tree = jax.tree.flatten(layer.params)
+    at = next(i for i, leaf in enumerate(leaves) if leaf.all())  # the bias is 0
 
     @jax.jit
     def run(x, scale, dy):
-        y, vjp, (mean, var) = jax.vjp(apply, x, scale, has_aux=True)
+        def apply(x, scale):
+            given = [*leaves]
+            given[at] = scale.reshape(leaves[at].shape)
+            params = jax.tree.unflatten(tree, given)
+            return layer.apply(x, params, layer.state, True)[0]
+
+        y, vjp = jax.vjp(apply, x, scale)
         dx, dscale = vjp(dy.astype(y.dtype))
-        results = mean, var, y, dx, dscale
-        return dict(zip(MEASURES, results, strict=True))
+        results = {"y": y, "dx": dx, "dscale": dscale}
+        return results | (moments(x) if name == "jaxbn" else {})
 
-    def run_as_peers_do(*arrays):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return run(*arrays)
-
-    return run if name == "jaxbn" else run_as_peers_do
+    return run
 
 
 def print_tables(rows, libraries):
@@ -336,12 +252,13 @@ def print_tables(rows, libraries):
     console = Console(width=None if sys.stdout.isatty() else 120)
     for name in MEASURES:
         chosen = [row for row in rows if row["measure"] == name]
-        told = [row for row in chosen if max(row["errors"].values()) > row["floor"]]
-        table = Table(
-            "dtype", "data", "mean/std", "n", title=f"error of {name}", box=None
-        )
-        for library in libraries:
-            table.add_column(library, justify="right")
+        told = [
+            row
+            for row in chosen
+            if max(row["errors"].values(), default=0) > row["floor"]
+        ]
+        head = "dtype", "data", "mean/std", "n", *libraries
+        table = Table(*head, title=f"error of {name}", box=None)
         for row in told:
             texts = [text(row, library) for library in libraries]
             ratio = f"1e{len(str(row['ratio'])) - 1}"
@@ -361,17 +278,15 @@ def text(row, library):
 
 
 def main(arguments=None):
-    from jaxbn.cli.bench.layers import find
-
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, choices in [("counts", COUNTS), ("dtypes", DTYPES), ("kinds", KINDS)]:
         parser.add_argument(
             f"--{name}", nargs="+", type=type(choices[0]), default=choices
         )
-    parser.add_argument("--libraries", nargs="+", default=[*LIBRARIES])
+    parser.add_argument("--libraries", nargs="+", default=LIBRARIES)
     parser.add_argument("--json", metavar="FILE", help="also write all rows there")
     args = parser.parse_args(arguments)
-    found, missing = find(args.libraries)
+    found, missing = layers.find(args.libraries)
     begun = time.monotonic()
     rows = []
     for cell in cells(args.counts, args.dtypes, args.kinds):

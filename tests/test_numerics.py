@@ -36,7 +36,7 @@ def over(library, cells):
         bounds = None
         for row in numerics.measure(cell, [library]):
             bounds = bounds or allowed(cell)
-            if row["judged"] and row["errors"][library] > bounds[row["measure"]]:
+            if row["judged"] and row["errors"].get(library, 0) > bounds[row["measure"]]:
                 yield row | {"bound": bounds[row["measure"]]}
 
 
@@ -58,49 +58,38 @@ def test_too_big_a_variance_is_inf_and_the_mean_is_right(dtype):
 
 
 def test_a_variance_in_one_pass_is_over_the_bounds():
-    """So that the bounds can fail: Flax's default, in every measure but the mean."""
+    """So that the bounds can fail: Flax's default."""
     rows = [*over("flax-fast", numerics.cells([100], ["float32"], ["normal"], RATIOS))]
-    assert {row["measure"] for row in rows} == {"var", "y", "dx", "dscale"}
+    assert {row["measure"] for row in rows} == {"y", "dx", "dscale"}
     assert {row["ratio"] for row in rows} >= {1000, 1_000_000}
 
 
 @pytest.mark.parametrize("kind", ["normal", "outlier", "first row"])
 def test_truth_is_the_oracle_where_that_is_exact_enough(kind):
     x, scale, dy = numerics.Cell("float32", kind, 10, 100).draw()
-    desired = {
-        name: value for name, (value, *_) in numerics.truth(x, scale, dy).items()
-    }
     _, mean, var = oracle.moments(x)
     dx, dscale, _ = oracle.backward(dy, x, scale)
-    results = mean, var, oracle.forward(x, scale), dx, dscale
-    for name, value in zip(numerics.MEASURES, results, strict=True):
-        np.testing.assert_allclose(desired[name], value, rtol=1e-9, atol=1e-11)
-
-
-def test_truth_of_a_constant_is_nothing_at_all():
-    x, scale, dy = numerics.Cell("float32", "constant", 1_000_000, 100).draw()
-    desired = numerics.truth(x, scale, dy)
-    np.testing.assert_array_equal(desired["mean"][0], x[0])
-    for name in ("var", "y", "dscale"):
-        np.testing.assert_array_equal(desired[name][0], 0)
+    wanted = mean, var, oracle.forward(x, scale), dx, dscale
+    truth = numerics.truth(x, scale, dy).values()
+    for (value, *_), desired in zip(truth, wanted, strict=True):
+        np.testing.assert_allclose(value, desired, rtol=1e-9, atol=1e-11)
 
 
 def test_an_error_is_that_of_the_worst_feature_and_a_nan_is_one():
-    unit = np.array([1.0, 10.0])
+    unit, inf = np.array([1.0, 10.0]), np.inf
     assert numerics.error([[1, 2], [3, 4]], np.array([[1, 2], [3, 9]]), unit) == 0.5
-    assert numerics.error([np.inf, 1], np.array([np.inf, 1]), unit) == 0
-    assert numerics.error([np.nan, 1], np.array([1, 1]), unit) == np.inf
-    assert numerics.error([np.inf, 1], np.array([1, 1]), unit) == np.inf
+    assert numerics.error([inf, 1], np.array([inf, 1]), unit) == 0
+    for value in (np.nan, inf):
+        assert numerics.error([value, 1], np.array([1, 1]), unit) == inf
 
 
 def test_which_rows_are_over_the_limit():
     row = {"measure": "y", "floor": 1e-7, "judged": True, "errors": {"jaxbn": 3e-6}}
     assert numerics.is_over(row)
-    assert not numerics.is_over(row | {"errors": {"jaxbn": 1e-6}})
-    assert not numerics.is_over(row | {"floor": 4e-3})  # half a spacing of bfloat16
-    assert not numerics.is_over(row | {"judged": False})
-    assert not numerics.is_over(row | {"measure": "var"})
     assert numerics.is_over(row | {"errors": {"jaxbn": np.inf}})
+    half_a_spacing_of_bfloat16 = {"floor": 4e-3}
+    for change in (half_a_spacing_of_bfloat16, {"judged": False}, {"measure": "var"}):
+        assert not numerics.is_over(row | change)
 
 
 def test_tables_of_a_command(capsys, tmp_path):
@@ -112,7 +101,7 @@ def test_tables_of_a_command(capsys, tmp_path):
     out = capsys.readouterr().out
     assert all(f"error of {name}" in out for name in numerics.MEASURES)
     assert "35 rows" in out
-    assert file.read_text().count('"flax-fast"') == 35
+    assert file.read_text().count('"jaxbn"') == 35
 
 
 @pytest.mark.long

@@ -81,8 +81,7 @@ def share(loop, dtype, device):
 
 
 @fuses_sums
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loop", "dtype"), [*zip(LOOPS, DTYPES, strict=True)])
 def test_cpu(loop, dtype):
     assert share(loop, dtype, jax.devices("cpu")[0]) < 0.75
 

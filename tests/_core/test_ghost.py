@@ -6,32 +6,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from devices import check_vma_or_not, mesh
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernels import collectives
 
 import jaxbn
 
 PARAMS = jaxbn.Params(jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, 1.0, -1.0]))
+STATE = jaxbn.init(3)[1]
 MODES = [{}, {"momentum": None}, {"debias": True, "momentum": 0.6}]
 MODES += [{"running_variance": "unbiased"}, {"derivative": "jvp"}]
+each_mode = pytest.mark.parametrize("mode", MODES, ids=str)
 
 
-def data(rows=24, seed=0):
-    rng = np.random.default_rng(seed)
+def draw(rows=24):
+    rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 3)) * 2 + np.arange(rows)[:, None] / 4
-    return jnp.asarray(x, jnp.float32)
+    return np.float32(x)
 
 
-def in_turn(x, size, mask=None, **kwargs):
+def ghosts(x, params, mask=None, *, size, **kwargs):
+    static = {"train": True, "ghost_batch_size": size, **kwargs}
+    return jaxbn.ghost_batch_norm(x, params, STATE, mask=mask, **static)
+
+
+def in_turn(x, params, mask=None, *, size, **kwargs):
     """One batch_norm per ghost batch, the state handed on: what it must equal."""
-    state, ys = jaxbn.init(3)[1], []
-    for i in range(0, len(x), size):
-        part = None if mask is None else mask[i : i + size]
-        y, state = jaxbn.batch_norm(
-            x[i : i + size], PARAMS, state, train=True, mask=part, **kwargs
-        )
-        ys.append(y)
-    return jnp.concatenate(ys), state
+    cut = jax.tree.map(lambda a: a.reshape(-1, size, a.shape[-1]), (x, mask))
+
+    def step(state, batch):
+        x, mask = batch
+        args = x, params, state
+        return jaxbn.batch_norm(*args, train=True, mask=mask, **kwargs)[::-1]
+
+    state, y = jax.lax.scan(step, STATE, cut)
+    return y.reshape(x.shape), state
+
+
+def both(*, with_gradients=True, **static):
+    """(ghosts, in turn) of (x, mask), compiled; in the loss the state is a constant."""
+
+    def step(f, x, mask):
+        weight = jnp.sin(x)
+
+        def loss(x, params):
+            y, new = f(x, params, mask, **static)
+            return (y * weight).sum() + (new.mean * new.var).sum(), (y, new)
+
+        if with_gradients:
+            return jax.grad(loss, (0, 1), has_aux=True)(x, PARAMS)
+        return None, f(x, PARAMS, mask, **static)
+
+    return jax.jit(lambda *args: (step(ghosts, *args), step(in_turn, *args)))
 
 
 def close(got, want, rtol=1e-5):
@@ -40,152 +67,93 @@ def close(got, want, rtol=1e-5):
     )
 
 
-@pytest.mark.parametrize("kwargs", MODES, ids=str)
-@pytest.mark.parametrize("size", [2, 4, 12])
-def test_equals_batch_norm_in_turn(size, kwargs):
-    got = jax.jit(
-        functools.partial(
-            jaxbn.ghost_batch_norm, train=True, ghost_batch_size=size, **kwargs
-        )
-    )(data(), PARAMS, jaxbn.init(3)[1])
-    close(got, in_turn(data(), size, **kwargs))
-    assert got[1].num_updates == 24 // size
+@each_mode
+@pytest.mark.parametrize("size", [2, 12, 24])
+def test_equals_batch_norm_in_turn(size, mode):
+    got, want = both(size=size, **mode)(draw(), None)
+    close(got, want)
+    assert got[1][1].num_updates == 24 // size
 
 
-@pytest.mark.parametrize("kwargs", MODES, ids=str)
-def test_one_group_is_batch_norm(kwargs):
-    state = jaxbn.init(3)[1]
-    step = {"train": True} | kwargs
-    got = jax.jit(
-        functools.partial(jaxbn.ghost_batch_norm, ghost_batch_size=24, **step)
-    )(data(), PARAMS, state)
-    want = jax.jit(functools.partial(jaxbn.batch_norm, **step))(data(), PARAMS, state)
-    close(got, want, rtol=1e-6)
+@each_mode
+def test_passed_over_groups_leave_the_state_alone(mode):
+    f = both(size=4, with_gradients=False, **mode)
+    mask = np.arange(24)[:, None] % 5 != 1
+    without = mask.copy()
+    without[8:12] = False
+    close(*f(draw(), without))
+    for place in (9, (9, 1)):
+        x = draw()
+        x[place] = np.nan
+        close(*f(x, mask))
+    x = draw()
+    x[9], x[10] = 1e30, -1e30  # the variance is inf
+    close(*f(x, mask))
 
 
-@pytest.mark.parametrize("kwargs", MODES, ids=str)
-@pytest.mark.parametrize("poison", ["empty group", "nan", "one feature nan", "var inf"])
-def test_passed_over_groups_leave_the_state_alone(poison, kwargs):
-    x, mask = data(), np.ones((24, 1), bool)
-    mask[1::5] = False
-    if poison == "empty group":
-        mask[8:12] = False
-    elif poison == "var inf":
-        x = x.at[9:11].set(jnp.array([[1e30], [-1e30]]))
-    else:
-        x = x.at[9, slice(None) if poison == "nan" else 1].set(jnp.nan)
-    got = jaxbn.ghost_batch_norm(
-        x, PARAMS, jaxbn.init(3)[1], train=True, ghost_batch_size=4, mask=mask, **kwargs
+@check_vma_or_not
+def test_devices_keep_their_ghosts_and_merge_their_state(check_vma):
+    f = functools.partial(ghosts, params=PARAMS, size=4, axis_name="d")
+    sharded = jax.shard_map(
+        lambda x: f(x),
+        mesh=mesh(d=4),
+        in_specs=P("d"),
+        out_specs=(P("d"), P()),
+        check_vma=check_vma,
     )
-    close(got, in_turn(x, 4, mask, **kwargs))
-
-
-def test_gradients_are_those_in_turn():
-    weight = jax.random.normal(jax.random.key(1), (24, 3))
-
-    def loss(normalize, x, params):
-        y, new = normalize(x, params)
-        return (y * weight).sum() + (new.mean * new.var).sum()
-
-    def ghost(x, params):
-        return jaxbn.ghost_batch_norm(
-            x, params, jaxbn.init(3)[1], train=True, ghost_batch_size=4
-        )
-
-    def slow(x, params):
-        parts = [
-            jaxbn.batch_norm(x[i : i + 4], params, jaxbn.init(3)[1], train=True)
-            for i in range(0, 24, 4)
-        ]
-        return jnp.concatenate([y for y, _ in parts]), parts[0][1]
-
-    grad = jax.grad(loss, (1, 2))
-    close(grad(ghost, data(), PARAMS), grad(slow, data(), PARAMS))
-
-
-def test_devices_keep_their_ghosts_and_merge_their_state():
-    x, state = data(32), jaxbn.init(3)[1]
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
-    for check_vma in (True, False):
-        y, new = jax.jit(
-            jax.shard_map(
-                lambda x: jaxbn.ghost_batch_norm(
-                    x, PARAMS, state, train=True, ghost_batch_size=4, axis_name="d"
-                ),
-                mesh=mesh,
-                in_specs=P("d"),
-                out_specs=(P("d"), P()),
-                check_vma=check_vma,
-            )
-        )(x)
-        close((y, new), in_turn(x, 4))
+    want = jax.jit(functools.partial(in_turn, size=4))(draw(32), PARAMS)
+    close(jax.jit(sharded)(draw(32)), want)
 
 
 def test_collectives_under_plain_jit():
     """Nothing for y and dx, one for the state, one for the parameter gradients."""
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    rows = NamedSharding(mesh, P("d"))
-    x = jax.device_put(data(64), rows)
-    state = jaxbn.init(3)[1]
+    on = mesh(d=8)
+    rows, whole = NamedSharding(on, P("d")), NamedSharding(on, P())
+    train = functools.partial(ghosts, size=4)
 
-    def train(x, params):
-        return jaxbn.ghost_batch_norm(x, params, state, train=True, ghost_batch_size=4)
+    def gradients(x, params):
+        return jax.vjp(lambda *args: train(*args)[0], x, params)[1](x)
 
-    def gradients(x, params, dy):
-        _, vjp = jax.vjp(lambda x, params: train(x, params)[0], x, params)
-        return vjp(dy)
-
-    whole = NamedSharding(mesh, P())
-    layouts = {
-        "y": (lambda x, p: train(x, p)[0], rows, 0),
-        "state": (lambda x, p: train(x, p)[1], whole, 1),
-        "dx": (lambda x, p: gradients(x, p, x)[0], rows, 0),
-        "dparams": (lambda x, p: gradients(x, p, x)[1], whole, 1),
-    }
-    counts = {}
-    for name, (fn, out, _) in layouts.items():
-        text = jax.jit(fn, out_shardings=out).lower(x, PARAMS).compile().as_text()
-        kinds = ("all-reduce(", "all-gather(", "collective-permute(", "all-to-all(")
-        counts[name] = sum(text.count(f" {kind}") for kind in kinds)
-    assert counts == {name: count for name, (_, _, count) in layouts.items()}
+    for f, out, number in (
+        (lambda *args: train(*args)[0], rows, 0),
+        (lambda *args: train(*args)[1], whole, 1),
+        (lambda *args: gradients(*args)[0], rows, 0),
+        (lambda *args: gradients(*args)[1], whole, 1),
+    ):
+        lowered = jax.jit(f, out_shardings=out).lower(
+            jax.device_put(draw(64), rows), PARAMS
+        )
+        assert sum(collectives(lowered.compile()).values()) == number
 
 
 def test_channel_first_and_inference():
     x = jax.random.normal(jax.random.key(0), (8, 3, 5))
-    state = jaxbn.init(3)[1]
-    static = {"ghost_batch_size": 2, "axis": 1}
-    y, _ = jaxbn.ghost_batch_norm(x, PARAMS, state, train=True, **static)
-    want, _ = jaxbn.batch_norm(x[:2], PARAMS, state, train=True, axis=1)
-    close(y[:2], want)
-    y, after = jaxbn.ghost_batch_norm(x, PARAMS, state, train=False, **static)
-    close(y, jaxbn.batch_norm(x, PARAMS, state, train=False, axis=1)[0])
-    assert after.num_updates == 0
+
+    def run(norm, x, train, **kwargs):
+        f = functools.partial(norm, train=train, axis=1, **kwargs)
+        return jax.jit(f)(x, PARAMS, STATE)
+
+    ghost = functools.partial(run, jaxbn.ghost_batch_norm, x, ghost_batch_size=2)
+    close(ghost(train=True)[0][:2], run(jaxbn.batch_norm, x[:2], True)[0])
+    close(ghost(train=False), run(jaxbn.batch_norm, x, False))
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
+    ("kwargs", "message"),
     [
-        ({"ghost_batch_size": 5}, ValueError, r"divide the 24 rows of x; got 5 \(pad"),
-        ({"ghost_batch_size": 0}, ValueError, "must divide the 24 rows of x; got 0"),
-        ({"ghost_batch_size": 2.0}, TypeError, "`ghost_batch_size` must be an int"),
-        (
-            {"ghost_batch_size": 1},
-            ValueError,
-            "each ghost batch needs more than one .*larger `ghost_batch_size`",
-        ),
-        ({"ghost_batch_size": 4, "axis": 0}, ValueError, "`axis` must leave axis 0"),
+        ({"size": 5}, r"divide the 24 rows of x; got 5 \(pad"),
+        ({"size": 1}, "each ghost batch needs more than .*larger `ghost_batch_size`"),
+        ({"size": 4, "axis": 0}, "`axis` must leave axis 0"),
     ],
-)  # fmt: skip
-def test_bad_arguments(kwargs, error, message):
-    with pytest.raises(error, match=message):
-        jaxbn.ghost_batch_norm(data(), PARAMS, jaxbn.init(3)[1], train=True, **kwargs)
+)
+def test_bad_sizes(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ghosts(draw(), PARAMS, **kwargs)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (8, 0, 3), (8, 0)], ids=str)
 def test_nothing_to_count(shape):
-    params, state = jaxbn.init(shape[-1])
-    y, new = jaxbn.ghost_batch_norm(
-        jnp.ones(shape), params, state, train=True, ghost_batch_size=2
-    )
+    train = functools.partial(jaxbn.ghost_batch_norm, train=True, ghost_batch_size=2)
+    y, new = jax.jit(train)(jnp.ones(shape), *jaxbn.init(shape[-1]))
     assert y.shape == shape
     assert new.num_updates == 0
