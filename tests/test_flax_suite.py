@@ -27,7 +27,6 @@ import pytest
 
 constructed = {"linen": 0, "nnx": 0}
 
-
 def put_in_place(flax_api, our_api, name):
     ours = our_api.BatchNorm
     init = ours.__init__
@@ -41,10 +40,8 @@ def put_in_place(flax_api, our_api, name):
     home = sys.modules[flax_api.BatchNorm.__module__]
     flax_api.BatchNorm = home.BatchNorm = ours
 
-
 put_in_place(flax.linen, jaxbn.linen, "linen")
 put_in_place(flax.nnx, jaxbn.nnx, "nnx")
-
 
 @pytest.fixture(autouse=True, scope="session")
 def report(record_testsuite_property):
@@ -68,23 +65,10 @@ LINEN = Suite(
     keyword="batch_norm or batchnorm or BatchNorm or summary",
     num_tests=22,
 )
+NNX_FILES = "nn/normalization integration module transforms graph_utils summary helpers"
 NNX = Suite(
     api="nnx",
-    files=(
-        "nn/normalization_test.py",
-        *(
-            f"{name}_test.py"
-            for name in (
-                "integration",
-                "module",
-                "transforms",
-                "graph_utils",
-                "summary",
-                "helpers",
-            )
-        ),
-        "bridge/wrappers_test.py",
-    ),
+    files=tuple(f"{name}_test.py" for name in [*NNX_FILES.split(), "bridge/wrappers"]),
     keyword="",
     num_tests=900,
     # Trains on batches of one element per feature, and asserts that the running mean
@@ -118,14 +102,10 @@ def test_flax_tests_pass(suite: Suite, flax_tests: Path, tmp_path: Path) -> None
     files = [flax_tests / suite.api / file for file in suite.files]
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     env |= {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""}
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=tmp_path,
-        env=env | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    env |= {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ran = subprocess.run(command, cwd=tmp_path, env=env, **piped)
     results = ElementTree.parse(report)
     cases = {True: [], False: []}
     for case in results.iter("testcase"):
