@@ -89,27 +89,6 @@ def shown(cell):
     ]
 
 
-def test_the_kernel_is_clean():
-    """This interpreter, JAX's defaults, one device: nothing of conftest leaks."""
-    expected = {
-        "sys.executable": sys.executable,
-        "os.environ.get('XLA_FLAGS')": "None",
-        "jax.device_count()": "1",
-        "jax.config.jax_numpy_dtype_promotion": "standard",
-        "jax.config.jax_numpy_rank_promotion": "allow",
-    }
-    code = f"import os, sys, jax\nprint({', '.join(expected)}, sep=chr(10))"
-    cell = nbformat.v4.new_code_cell(code)
-    execute(nbformat.v4.new_notebook(cells=[cell]))
-    assert text(cell.outputs[0]).splitlines() == list(expected.values())
-
-
-def test_there_are_notebooks_and_their_numbers_differ():
-    numbers = [re.fullmatch(r"(\d)-[a-z-]+\.ipynb", path.name)[1] for path in NOTEBOOKS]
-    assert numbers
-    assert len(set(numbers)) == len(numbers)
-
-
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

@@ -71,10 +71,3 @@ def test_readme_block_runs(number):
     env |= {"JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-c", BLOCKS[number]]
     subprocess.run(words, check=True, cwd=ROOT, env=env)
-
-
-@pytest.mark.parametrize("command", ["jaxbn train", "pytest"])
-def test_readme_has_one_line_commands(command):
-    fenced = re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in fenced for line in block.splitlines()]
-    assert any(command in line and "pip install" in line for line in lines)

@@ -3,7 +3,6 @@
 They come in their packages: ONNX's with numbers, PyTorch's to be computed by it.
 """
 
-import functools
 import importlib
 
 import jax
@@ -157,43 +156,3 @@ def check_op(x, a, given, y, saved, dy, gradients, told):
     new = jaxbn.update_state(state_of(*given), moments, **kwargs)
     check(new.mean, a["running_mean"])  # which PyTorch has changed in place
     check(new.var, a["running_var"])
-
-
-MODULES = ["nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d"]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_torch_modules(torch, name):
-    """Two steps of training, then inference."""
-    home = importlib.import_module("torch.testing._internal.common_modules")
-    (info,) = [info for info in home.module_db if info.name == name]
-    where = {"device": "cpu", "dtype": torch.float64, "requires_grad": False}
-    for case in info.module_inputs_func(info, training=True, **where):
-        given = case.constructor_input
-        layer = info.module_cls(*given.args, **given.kwargs).double()
-        for parameter in layer.parameters():
-            torch.nn.init.normal_(parameter)
-        (x,) = case.forward_input.args
-        momentum = layer.momentum
-        norm = functools.partial(
-            jaxbn.batch_norm,
-            params=Params(numpy(layer.weight), numpy(layer.bias)),
-            axis=1,
-            epsilon=layer.eps,
-            momentum=None if momentum is None else 1 - momentum,
-            running_variance="unbiased",
-        )
-        state = jaxbn.init(x.shape[1], param_dtype=jnp.float64)[1]
-        for batch in (x, 2 * x + 1):
-            y, state = norm(numpy(batch), state=state, train=True)
-            check(y, layer(batch))
-        if layer.running_mean is None:  # PyTorch then trains for ever
-            continue
-        if x.numel():
-            check(state.mean, layer.running_mean)
-            check(state.var, layer.running_var)
-            assert int(state.num_updates) == int(layer.num_batches_tracked) == 2
-        else:
-            assert state.num_updates == 0
-            np.testing.assert_array_equal(state.var, 1)
-        check(norm(numpy(x), state=state, train=False)[0], layer.eval()(x))

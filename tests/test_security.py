@@ -92,7 +92,6 @@ def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path, capsys):
 # What the commands do
 
 # Imported by every Python process, before all else; and nothing can swallow an exit.
-# A pickle that names no class or function holds data only, and shows no event.
 WATCH = """
 import os, sys
 
