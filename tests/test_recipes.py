@@ -91,11 +91,10 @@ class AdvProp(nn.Module):
     @nn.compact
     def __call__(self, x, adversarial):
         h = nn.Dense(4, name="shared")(x)
-        norms = {name: BatchNorm(False, name=name) for name in ("clean", "adversarial")}
-        used = "adversarial" if adversarial else "clean"
+        norms = [BatchNorm(False, name=name) for name in ("clean", "adversarial")]
         if self.is_initializing():
-            return [norm(h) for norm in norms.values()]
-        return norms[used](h)
+            return [norm(h) for norm in norms]
+        return norms[adversarial](h)
 
 
 @jax.numpy_rank_promotion("allow")

@@ -42,9 +42,6 @@ def test_no_module_unpickles_evaluates_or_calls():
     assert {path.name: [*breaches(path)] for path in SOURCES if [*breaches(path)]} == {}
 
 
-# Files that are not what they seem
-
-
 class Trap:
     """Pickled, it makes a folder where it is loaded."""
 
@@ -88,8 +85,6 @@ def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path, capsys):
         assert out.count(name) >= 2  # in the table, and as not finite
     assert "\x1b" not in out
 
-
-# What the commands do
 
 # Imported by every Python process, before all else; and nothing can swallow an exit.
 WATCH = """
