@@ -28,7 +28,7 @@ import pytest
 constructed = {"linen": 0, "nnx": 0}
 
 def put_in_place(flax_api, our_api, name):
-    ours = our_api.BatchNorm
+    ours, home = our_api.BatchNorm, sys.modules[flax_api.BatchNorm.__module__]
     init = ours.__init__
 
     @functools.wraps(init)
@@ -37,7 +37,6 @@ def put_in_place(flax_api, our_api, name):
         init(self, *args, **kwargs)
 
     ours.__init__ = counting
-    home = sys.modules[flax_api.BatchNorm.__module__]
     flax_api.BatchNorm = home.BatchNorm = ours
 
 put_in_place(flax.linen, jaxbn.linen, "linen")
