@@ -139,9 +139,3 @@ def test_formulas_and_sections_are_rendered(built, pages):
         assert not re.search("<p>(Args|Raises|Returns|Examples):", page.html)
     assert pages[built / "api" / "jaxbn.html"].formulas >= 5
     assert pages[built / "1-backward-by-hand.html"].formulas > 10
-
-
-def test_search_finds_names(built):
-    index = (built / "search" / "search_index.json").read_text()
-    assert "api/jaxbn.html#jaxbn.batch_norm" in index
-    assert "1-backward-by-hand.html" in index
