@@ -1,10 +1,7 @@
-"""What `import jaxbn` brings, and what the README shows, run as it stands."""
+"""What `import jaxbn` brings."""
 
 import importlib.metadata
-import os
-import pathlib
 import pickle
-import re
 import subprocess
 import sys
 
@@ -16,10 +13,6 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-
-ROOT = pathlib.Path(__file__).parents[1]
-README = ROOT.joinpath("README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_import_brings_no_flax():
@@ -62,12 +55,3 @@ def test_pickles_name_what_is_public():
 @pytest.mark.parametrize("module", [jaxbn.linen, jaxbn.nnx])
 def test_dir_shows_what_is_ours(module):
     assert sorted(dir(module)) == sorted(module.__all__)
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme_block_runs(number):
-    """In a process of its own, as a reader would, in JAX's default configuration."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    env |= {"JAX_PLATFORMS": "cpu"}
-    words = [sys.executable, "-c", BLOCKS[number]]
-    subprocess.run(words, check=True, cwd=ROOT, env=env)

@@ -38,8 +38,12 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name)
+exhaustive = [
+    pytest.param(p, marks=pytest.mark.exhaustive) for p in PAGES if blocks(p, "python")
+]
+
+
+@pytest.mark.parametrize("path", [README, *exhaustive], ids=name)
 def test_blocks_run(path, tmp_path):
     """In a process of their own, as a reader would, in JAX's default configuration."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
