@@ -7,8 +7,7 @@ import copy
 import functools
 import statistics
 import time
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -67,67 +66,57 @@ def assert_same(actual, desired):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-5 * size)
 
 
-class Beside(NamedTuple):
-    """A layer, the shape of x, which axes the batch norm normalizes, and options."""
-
-    layer: nn.Module
-    shape: tuple[int, ...]
-    axis: int | tuple[int, ...] = -1
-    options: dict[str, Any] = MappingProxyType({})
-
-
 def check_folded(layer, weights, folded, x, want):
     folded = {"kernel": folded[0], "bias": folded[1]}
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, weights)
     assert_same(layer.apply({"params": folded}, x), want)
 
 
-def on_axes(*axes):
+def axis(*axes):
     return {"features_axis": axes if len(axes) > 1 else axes[0]}
 
 
+# The layer, the shape of x, the axes that the batch norm has features on, options.
 STRIDED = nn.Conv(6, (3, 2), (2, 1), 1, kernel_dilation=2, feature_group_count=2)
 TRANSPOSE = functools.partial(nn.ConvTranspose, 6, (3, 3), (2, 2))
+TRANSPOSED = TRANSPOSE(transpose_kernel=True)
 AFTER = {
-    "dense": Beside(nn.Dense(5), (4, 3)),
-    "general": Beside(nn.DenseGeneral((4, 5)), (2, 3), (-2, -1), on_axes(-2, -1)),
-    "general, last": Beside(nn.DenseGeneral((4, 5)), (2, 3)),
-    "general, first": Beside(nn.DenseGeneral((4, 5)), (2, 3), -2, on_axes(-2)),
-    "general, inputs": Beside(nn.DenseGeneral(5, axis=(-2, -1)), (2, 3, 4)),
-    "conv": Beside(STRIDED, (2, 8, 8, 4)),
-    "local": Beside(nn.ConvLocal(6, (3,)), (2, 8, 4)),
-    "transpose": Beside(TRANSPOSE("VALID"), (2, 5, 4, 4)),
-    "transpose_kernel": Beside(
-        TRANSPOSE(transpose_kernel=True), (2, 5, 4, 4), -1, on_axes(-2)
-    ),
+    "dense": (nn.Dense(5), (4, 3), -1, {}),
+    "general": (nn.DenseGeneral((4, 5)), (2, 3), (-2, -1), axis(-2, -1)),
+    "general, last": (nn.DenseGeneral((4, 5)), (2, 3), -1, {}),
+    "general, first": (nn.DenseGeneral((4, 5)), (2, 3), -2, axis(-2)),
+    "general, inputs": (nn.DenseGeneral(5, axis=(-2, -1)), (2, 3, 4), -1, {}),
+    "conv": (STRIDED, (2, 8, 8, 4), -1, {}),
+    "local": (nn.ConvLocal(6, (3,)), (2, 8, 4), -1, {}),
+    "transpose": (TRANSPOSE("VALID"), (2, 5, 4, 4), -1, {}),
+    "transpose_kernel": (TRANSPOSED, (2, 5, 4, 4), -1, axis(-2)),
 }
 
 
 @pytest.mark.parametrize("name", AFTER)
 def test_after_a_layer(name):
-    layer, shape, axis, options = AFTER[name]
+    layer, shape, features, options = AFTER[name]
     x = draw_input(*shape)
     weights = trained(layer, x)["params"]
     y = np.asarray(layer.apply({"params": weights}, x))
-    norm = draw(np.take(y.shape, axis))
+    norm = draw(np.take(y.shape, features))
     step = jax.jit(functools.partial(fold, **options))
     folded = step(weights["kernel"], weights["bias"], *norm)
-    check_folded(layer, weights, folded, x, in_float64(y, *norm, axis=axis))
+    check_folded(layer, weights, folded, x, in_float64(y, *norm, features))
 
 
 def before_conv(shape, *conv, padding: Any = "VALID", **fields):
     """A Conv, with its own padding told to `fold_before`."""
-    layer = nn.Conv(*conv, padding=padding, **fields)
-    return Beside(layer, shape, options={"padding": padding})
+    return nn.Conv(*conv, padding=padding, **fields), shape, -1, {"padding": padding}
 
 
 GENERAL = nn.DenseGeneral((2, 5), axis=(-2, -1))
 BEFORE = {
-    "dense": Beside(nn.Dense(5), (4, 3)),
-    "general": Beside(nn.DenseGeneral((4, 5)), (2, 3), options=on_axes(0)),
-    "general, inputs": Beside(GENERAL, (2, 3, 4), (-2, -1), on_axes(0, 1)),
-    "general, last": Beside(GENERAL, (2, 3, 4), -1, on_axes(1) | {"padding": "VALID"}),
-    "one tap, groups": Beside(nn.Conv(6, (1,), feature_group_count=3), (2, 8, 9)),
+    "dense": (nn.Dense(5), (4, 3), -1, {}),
+    "general": (nn.DenseGeneral((4, 5)), (2, 3), -1, axis(0)),
+    "general, inputs": (GENERAL, (2, 3, 4), (-2, -1), axis(0, 1)),
+    "general, last": (GENERAL, (2, 3, 4), -1, axis(1) | {"padding": "VALID"}),
+    "one tap, groups": (nn.Conv(6, (1,), feature_group_count=3), (2, 8, 9), -1, {}),
     "one tap": before_conv((2, 5, 6, 4), 6, (1, 1), 2, padding="SAME"),
     "one tap, causal": before_conv((2, 5, 4), 6, (1,), padding="CAUSAL"),
     "strides": before_conv((2, 8, 9, 4), 6, (3, 2), (2, 1), padding=0),
@@ -141,13 +130,13 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_before_a_layer(name):
-    layer, shape, axis, options = BEFORE[name]
+    layer, shape, features, options = BEFORE[name]
     x = draw_input(*shape)
     weights = trained(layer, x)["params"]
-    norm = draw(np.take(shape, axis))
+    norm = draw(np.take(shape, features))
     step = jax.jit(functools.partial(fold_before, **options))
     folded = step(*norm, weights["kernel"], weights["bias"])
-    normal = in_float64(x, *norm, axis=axis).astype(np.float32)
+    normal = in_float64(x, *norm, features).astype(np.float32)
     want = layer.apply({"params": weights}, normal)
     check_folded(layer, weights, folded, x, want)
 
@@ -181,19 +170,21 @@ def test_what_there_is_of_scale_and_bias(use_scale, use_bias, layer_bias):
         assert_same(x @ np.asarray(kernel) + np.asarray(bias), want)
 
 
-@pytest.mark.parametrize("complex_kernel", [True, False])
-def test_complex(complex_kernel):
+@pytest.mark.parametrize("what", ["all", "mean", "bias"])
+def test_complex(what):
     """Complex data through a real or complex kernel; the new bias is complex."""
     x = draw_input(5, 3) + 1j * draw_input(5, 3, seed=1)
-    w = draw_input(3, 3, seed=0)
-    w = w + 1j * draw_input(3, 3, seed=4) if complex_kernel else w
-    b = None if complex_kernel else np.float32([1, -2, 3])
-    params, state = draw(3)
-    params = params._replace(bias=params.bias + np.complex64(1j))
-    state = state._replace(mean=state.mean - np.complex64(2j))
-    for (kernel, bias), want in both_ways(x, w, b, (params, state)):
-        assert (kernel.dtype, bias.dtype) == (w.dtype, np.complex64)
-        assert_same(x @ np.asarray(kernel) + np.asarray(bias), want)
+    w, b = draw_input(3, 3, seed=0), np.float32([1, -2, 3])
+    (scale, bias), state = draw(3)
+    if what == "all":
+        w, b = w + 1j * draw_input(3, 3, seed=4), None
+    if what != "mean":
+        bias = bias + np.complex64(1j)
+    if what != "bias":
+        state = state._replace(mean=state.mean - np.complex64(2j))
+    for (kernel, new), want in both_ways(x, w, b, (Params(scale, bias), state)):
+        assert (kernel.dtype, new.dtype) == (w.dtype, np.complex64)
+        assert_same(x @ np.asarray(kernel) + np.asarray(new), want)
 
 
 def affine(params, state):
