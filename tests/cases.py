@@ -96,9 +96,8 @@ case_ids = {"ids": lambda c: c.name if isinstance(c, Case) else None}
 def tolerance(dtype, n=1):
     """Relative to values of size 1: the result's rounding, plus that of n float32 sums.
 
-    The spacing of `dtype` for the one rounding at the end; and the random walk of n
-    float32 additions, times 4 for what the sums are then multiplied with (|mean| / std
-    and 1 / std are of that size in the cases).
+    Their random walk times 4, for what the sums are then multiplied with: |mean| / std
+    and 1 / std are of that size in the cases.
     """
     rounding = float(jnp.finfo(dtype).eps)
     return rounding + 4 * float(jnp.finfo(jnp.float32).eps) * max(n, 4) ** 0.5

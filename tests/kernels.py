@@ -8,6 +8,7 @@ Limits: a loop's body counts once, the branches of a conditional count nothing, 
 array that is updated in place counts whole.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -19,18 +20,9 @@ INSTRUCTION = re.compile(
 # Of f32[8,3] the bits and the dimensions; pred has no bits in its name, and is a byte.
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 NAME = re.compile(r"%([\w.\-]+)")
-MOVES_NOTHING = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "opt-barrier",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "conditional",
-}
+MOVES_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+MOVES_NOTHING |= {"opt-barrier", "after-all", "partition-id", "replica-id"}
+MOVES_NOTHING |= {"conditional"}
 CALLS = {"call", "while", "async-start"}
 SUMS = {"convolution", "dot", "reduce", "reduce-window"}
 VIEWS = {"bitcast", "reshape"}
@@ -38,8 +30,6 @@ SLICES = {"slice", "dynamic-slice"}
 
 
 class Traffic(NamedTuple):
-    """How many kernels a program has, and how many bytes they read and write."""
-
     kernels: int
     nbytes: int
 
@@ -56,13 +46,11 @@ class Instruction(NamedTuple):
     @property
     def nbytes(self):
         """Of the results."""
-        bits = 0
-        for width, dimensions in ARRAY.findall(self.type):
-            size = int(width or 8)
-            for n in filter(None, dimensions.split(",")):
-                size *= int(n)
-            bits += size
-        return bits // 8
+        bits = (
+            int(width or 8) * math.prod(map(int, filter(None, dimensions.split(","))))
+            for width, dimensions in ARRAY.findall(self.type)
+        )
+        return sum(bits) // 8
 
     @property
     def operands(self):

@@ -1,9 +1,8 @@
 """Bad input: one sentence on the argument that is wrong, and nothing is lost.
 
 Each check has a table of bad values, and the arguments that go through it. The first of
-these gets all the values, each other one the first value alone: it shows that the check
-is there, and names the argument. `test_every_argument_is_here` holds this against the
-signatures: a new argument needs a check, or a reason.
+these gets all the values, each other one the first alone: it shows that the check is
+there, and names the argument. A new argument needs a check, or a reason.
 """
 
 import functools
@@ -43,18 +42,14 @@ def f32(*shape):
 
 
 class Linen(nn.Module):
-    """A model with one batch norm."""
-
     @nn.compact
     def __call__(self, x):
         return jaxbn.linen.BatchNorm(use_running_average=True, name="norm")(x)
 
 
 class Nnx(nnx.Module):
-    """A model with a batch norm, and a layer that it does not call."""
-
     def __init__(self):
-        self.layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+        self.layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))  # which it does not call
         self.norm = jaxbn.nnx.BatchNorm(5, rngs=nnx.Rngs(0), use_running_average=True)
 
     def __call__(self, x):
@@ -87,13 +82,10 @@ def moments():
 
 def variables():
     layer = {"kernel": f32(3, 5), "bias": f32(5)}
-    learned, running = (
-        {"scale": f32(5), "bias": f32(5)},
-        {"mean": f32(5), "var": f32(5)},
-    )
+    params = {"layer": layer, "norm": {"scale": f32(5), "bias": f32(5)}}
     return {
-        "params": {"layer": layer, "norm": learned},
-        "batch_stats": {"norm": running},
+        "params": params,
+        "batch_stats": {"norm": {"mean": f32(5), "var": f32(5)}},
     }
 
 
@@ -102,7 +94,7 @@ def linen_model():
 
 
 def torch_norm(**changes):
-    names = ("weight", "bias", "running_mean", "running_var")
+    names = ["weight", "bias", "running_mean", "running_var"]
     arrays = {name: f32(5) for name in names}
     return {**arrays, "num_batches_tracked": np.array(3), **changes}
 
@@ -268,21 +260,22 @@ PARAMS, STATE, MOMENTS = *norm().values(), moments()
 OTHER_SIZE = Moments(4, f32(3), f32(3))
 INTS = "must be an int or a tuple of ints; got"
 INT, COMPLEX = np.ones(5, int), np.ones(5, np.complex64)
+MASKS = np.ones((2, 5), bool), np.ones((1, 4, 5), bool)
 
 # Arrays
 check(
     "x dy kernel fold.bias fold_before.bias params>scale convert.params>params.scale "
     "moments>moments.mean moments>moments.var fold.params>params.scale",
-    wrong_type("must be floating point or complex; got dtype int32", INT),
-    wrong_type("must be floating point or complex; got dtype bool", INT > 0),
+    wrong_type(
+        "must be floating point or complex; got dtype (int32|bool)", INT, INT > 0
+    ),
 )
 check(
     "x linen.x nnx.x mask linen.mask nnx.mask num_updates d_max linen.d_max nnx.d_max "
     "kernel fold.bias fold_before.bias dy state>state.num_updates moments>moments.mean "
     "moments>moments.num_elements convert.state>state.mean params>bias "
     "linen.find_pairs.x nnx.find_pairs.x linen.weight_decay_mask.x",
-    wrong_type("must be an array of numbers; got str", WORD),
-    wrong_type("must be an array of .* (object|dict|None)", object(), {}, None),
+    wrong_type("must be an array of numbers; got (str|object|NoneType)", WORD, None),
     wrong_type("must be an array of .* ndarray of dtype <U1", np.array(["a"])),
     wrong_type("must be an array of numbers; got list", [[1.0], [1.0, 2.0]]),
 )
@@ -291,15 +284,14 @@ check(
     "axis features_axis",
     wrong_value(r"must lie in \[-2, 2\) for .* of rank 2; got (2|-3)", 2, -3),
     wrong_value(r"must name each axis of x once; got \(1, -1\)", (1, -1)),
-    wrong_type(INTS, None, WORD, b"\0", 1.0, True, ((0, 1),), np.array(1)),
-    wrong_type(INTS, Traced(1), Traced(f32(1))),
+    wrong_type(INTS, None, WORD, b"\0", 1.0, True, ((0, 1),), np.array(1), Traced(1)),
 )
 check(
     "scale bias params>scale params>bias normalize.mean normalize.var state>state.mean "
     "state>state.var fold.params>params.scale fold.params>params.bias "
     "fold.state>state.mean fold.state>state.var convert.params>params.scale",
     wrong_value(r"must have shape \(5,\), one entry per .*got \(3,\)", f32(3)),
-    wrong_value(r"must have shape \(5,\), .*got (\(1, 5\)|\(\))", f32(1, 5), 1.0),
+    wrong_value(r"must .*on axis -1 of x.*got (\(1, 5\)|\(\))", f32(1, 5), 1.0),
     wrong_type("must be floating point or complex; got dtype int32", INT),
     wrong_type("must be real for x of dtype float32; got complex64", COMPLEX),
 )
@@ -308,8 +300,7 @@ check("mask", wrong_value(r"must have the rank of x .*got \(\)", True))
 check(
     "mask linen.mask nnx.mask",
     wrong_value(r"must .*\(4, 5\).*got \(4,\).*mask\[:, None\]", np.ones(4, bool)),
-    wrong_value(r"must .*\(4, 5\).*got \(2, 5\)", np.ones((2, 5), bool)),
-    wrong_value(r"must .*\(4, 5\).*got \(1, 4, 5\)", np.ones((1, 4, 5), bool)),
+    wrong_value(r"must .*\(4, 5\).*got \((1, 4|2), 5\)", *MASKS),
 )
 check("dy", wrong_value(r"must have the shape of y, \(4, 5\); got", f32(5)))
 check("dy", wrong_type("must be real for x of .*float32; got complex", x() + 1j))
@@ -396,8 +387,7 @@ check(
 )
 check(
     "running_variance",
-    wrong_value('must be "biased" or "unbiased"; got', WORD, None, "BIASED"),
-    wrong_value('must be "biased" or "unbiased"; got', ["biased"], Traced(1)),
+    wrong_value('must be "biased" or "unbiased"; got', WORD, None, ["biased"]),
 )
 check("derivative", wrong_value('must be "vjp" or "jvp"; got', WORD))
 check(
@@ -518,7 +508,6 @@ ANYTHING = {
 
 
 def arguments_of(function):
-    """By the signature; those of a module are its constructor's and its call's."""
     public = PUBLIC[f"jaxbn.{function}"]
     if not isinstance(public, type):
         return [*inspect.signature(public).parameters, *["x"] * (function in TAKE_X)]
@@ -528,7 +517,6 @@ def arguments_of(function):
 
 
 def key_of(function, argument):
-    """The key of CHECKS for the argument, the most particular one, or None."""
     module = function.rpartition(".")[0]
     keys = f"{function}.{argument}", f"{module}.{argument}", argument
     return next((key for key in keys if key in CHECKS), None)
@@ -553,13 +541,17 @@ def cases():
 
 def snapshot(arguments):
     """All arrays in there, which a call could have changed."""
-    values = [
+    kept = [
         nnx.state(value) if isinstance(value, nnx.Module) else value
         for name, value in arguments.items()
         if name != "rngs"
     ]
-    leaves = jax.tree.leaves(values)
+    leaves = jax.tree.leaves(kept)
     return [np.array(a) for a in leaves if isinstance(a, np.ndarray | jax.Array)]
+
+
+def assert_same(arguments, others):
+    jax.tree.map(np.testing.assert_array_equal, snapshot(arguments), snapshot(others))
 
 
 @pytest.mark.parametrize(
@@ -579,8 +571,7 @@ def test_bad_argument(function, argument, field, bad, error, words):
         assert re.match(start + words, message, re.DOTALL), message
         is_list = function.startswith("convert.") or function.endswith("load_torch")
         assert is_list or "\n" not in message, message
-        fresh = GOOD[function]()
-        jax.tree.map(np.testing.assert_array_equal, snapshot(good), snapshot(fresh))
+        assert_same(good, GOOD[function]())
 
     if isinstance(bad, Traced):
         jax.eval_shape(call_with, bad.value)
@@ -651,10 +642,10 @@ def test_epsilon_is_small_for_float64_alone():
 def test_nnx_module_is_as_it_was(cls):
     """The one thing here that a call changes in place."""
     norm = cls(5, momentum=None, rngs=nnx.Rngs(0))
-    graphdef, before = nnx.graphdef(norm), snapshot({"norm": norm})
+    graphdef, before = nnx.graphdef(norm), {"norm": nnx.clone(norm)}
     for argument in ("x", "mask", "use_running_average", "update_statistics"):
         for [(bad, error, _), *_] in CHECKS[key_of("nnx.BatchNorm", argument)][""]:
             with pytest.raises(error):
                 norm(**{"x": x(), argument: bad})
     assert nnx.graphdef(norm) == graphdef
-    jax.tree.map(np.testing.assert_array_equal, before, snapshot({"norm": norm}))
+    assert_same({"norm": norm}, before)

@@ -9,17 +9,8 @@ the kernel's docstring says is held here, and Flax's `BatchNorm` is counted besi
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
-from described import (
-    DTYPES,
-    FEATURES,
-    arguments,
-    both,
-    compiled,
-    forward,
-    with_relu,
-)
+from described import DTYPES, FEATURES, arguments, both, compiled, forward, with_relu
 from flax import linen as nn
 from gpu import OPTIONS, describe_gpus, needs_plugin
 from kernels import collectives, traffic
@@ -33,10 +24,8 @@ LAYERS = 10
 
 def normalize(layer, x, params, state):
     """In training, by `layer`, a class of Linen."""
-    variables = {
-        "params": params._asdict(),
-        "batch_stats": {"mean": state.mean, "var": state.var},
-    }
+    stats = {"mean": state.mean, "var": state.var}
+    variables = {"params": params._asdict(), "batch_stats": stats}
     module = layer(use_running_average=False, dtype=x.dtype)
     with jax.numpy_dtype_promotion("standard"):  # Flax needs it for bfloat16
         y, updates = module.apply(variables, x, mutable=["batch_stats"])
@@ -68,29 +57,9 @@ def count(step, norm, args):
     """Bytes moved and bytes of temporaries, in sizes of x, and kernels."""
     program = compiled(functools.partial(step, norm), args, OPTIONS)
     kernels, moved = traffic(program)
-    x = args[0]
-    nbytes = x.size * x.dtype.itemsize
-    return (
-        moved / nbytes,
-        program.memory_analysis().temp_size_in_bytes / nbytes,
-        kernels,
-    )
-
-
-@pytest.mark.parametrize(
-    ("f", "sizes", "kernels"),
-    [
-        (lambda x: x + 1, 2, 1),
-        (lambda x: x[:128] + x[128:256], 3 / 4, 1),
-        (lambda x: jnp.sin(jax.lax.optimization_barrier(x + 1)), 4, 2),
-    ],
-    ids=["whole", "slices", "barrier"],
-)
-def test_count(gpu, f, sizes, kernels):
-    """Programs whose traffic is plain to see."""
-    _, args = arguments(gpu, jnp.float32)
-    moved, _, number = count(lambda _, x, *rest: f(x), None, args)
-    assert (moved, number) == (pytest.approx(sizes, rel=1e-3), kernels)
+    nbytes = args[0].size * args[0].dtype.itemsize
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return moved / nbytes, temporary / nbytes, kernels
 
 
 @DTYPES
@@ -98,8 +67,7 @@ def test_count(gpu, f, sizes, kernels):
 def test_one_norm(gpu, relu, dtype):
     """Forward 3 and backward 5 sizes, beside the part whose mean is the shift.
 
-    Flax moves 8 or 9 sizes alone, by the order in which cotangents are returned, and
-    8.5 to 10 with a relu; ours does not depend on it.
+    Flax moves 8 or 9 alone, by the order of its cotangents, and 8.5 to 10 with a relu.
     """
     _, args = arguments(gpu, dtype)
     ours, flax = OURS, FLAX

@@ -35,10 +35,9 @@ LOCAL = re.compile(r"(?<![\w.:/])/(home|root|tmp|Users|opt|mnt|work)/|[A-Z]:\\|0
 
 
 def execute(notebook, folder=FOLDER):
-    """Runs all cells, in place, in a new kernel that has nothing of this process.
+    """Runs all cells, in place, in a new kernel of this interpreter, on the CPU.
 
-    The kernel is of this interpreter whatever kernels a user has installed, with JAX's
-    default configuration, IPython's default profile, and on the CPU.
+    With JAX's default configuration and IPython's default profile.
     """
     ours = ("XLA_FLAGS", "JAX_", "MPL", "PYTHONWARNINGS", "PYTEST")
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
@@ -49,11 +48,10 @@ def execute(notebook, folder=FOLDER):
             transport="ipc",
         )
         env |= {"JAX_PLATFORMS": "cpu", "IPYTHONDIR": scratch}
-        where = {"metadata": {"path": str(folder)}}
         client = NotebookClient(
             notebook,
             km=manager,
-            resources=where,
+            resources={"metadata": {"path": str(folder)}},
             timeout=240,
             record_timing=False,  # seconds would differ from run to run, and so would
             coalesce_streams=True,  # where printed text is cut into pieces
@@ -91,71 +89,46 @@ def shown(cell):
     ]
 
 
-def test_the_kernel_is_clean():
-    """This interpreter, JAX's defaults, one device: nothing of conftest leaks."""
-    expected = {
-        "sys.executable": sys.executable,
-        "os.environ.get('XLA_FLAGS')": "None",
-        "jax.device_count()": "1",
-        "jax.config.jax_numpy_dtype_promotion": "standard",
-        "jax.config.jax_numpy_rank_promotion": "allow",
-    }
-    code = f"import os, sys, jax\nprint({', '.join(expected)}, sep=chr(10))"
-    cell = nbformat.v4.new_code_cell(code)
-    execute(nbformat.v4.new_notebook(cells=[cell]))
-    assert text(cell.outputs[0]).splitlines() == list(expected.values())
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_there_are_notebooks_and_their_numbers_differ():
-    numbers = [re.fullmatch(r"(\d)-[a-z-]+\.ipynb", path.name)[1] for path in NOTEBOOKS]
-    assert numbers
-    assert len(set(numbers)) == len(numbers)
+@pytest.mark.notebooks
+@notebooks
+def test_runs_and_shows_what_is_stored(path):
+    """No cell fails, hence no claim in one; what is stored is not stale."""
+    stored = nbformat.read(path, as_version=4)
+    fresh = execute(nbformat.read(path, as_version=4))
+    here = str(FOLDER.parent), str(Path.home()), sys.prefix, platform.node()
+    local = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, here))})(?!\w)")
+    for old, new in zip(code_cells(stored), code_cells(fresh), strict=True):
+        assert shown(old) == shown(new), new.source
+        assert not any(local.search(text(output)) for output in new.outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-class TestNotebook:
-    @pytest.mark.notebooks
-    def test_runs_and_shows_what_is_stored(self, path):
-        """No cell fails, hence no claim in one; what is stored is not stale."""
-        stored = nbformat.read(path, as_version=4)
-        fresh = execute(nbformat.read(path, as_version=4))
-        here = str(FOLDER.parent), str(Path.home()), sys.prefix, platform.node()
-        local = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, here))})(?!\w)")
-        for old, new in zip(code_cells(stored), code_cells(fresh), strict=True):
-            assert shown(old) == shown(new), new.source
-            assert not any(local.search(text(output)) for output in new.outputs)
-
-    def test_stored_outputs(self, path):
-        notebook = nbformat.read(path, as_version=4)
-        cells = code_cells(notebook)
-        assert notebook.metadata == METADATA
-        assert not any(cell.metadata for cell in notebook.cells)
-        assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
-        for output in (output for cell in cells for output in cell.outputs):
+@notebooks
+def test_what_is_stored_is_clean(path):
+    """Nothing of the machine in it, short cells, and for every picture a claim."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = code_cells(notebook)
+    assert path.stat().st_size < MOST_BYTES
+    assert notebook.metadata == METADATA
+    assert not any(cell.metadata for cell in notebook.cells)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    since, pictures = "", 0  # a claim is asserted since the picture before
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
+        private = re.search(r"jaxbn(\.\w+)*\._|jaxbn\.cli|sys\.path", cell.source)
+        assert private is None, cell.source
+        imported = re.findall(r"^\s*(?:import|from) (\w+)", cell.source, re.M)
+        assert not {f"{name}.py" for name in imported} & TEST_FILES, cell.source
+        for output in cell.outputs:
             assert output.get("name") != "stderr", output.text
             assert not LOCAL.search(text(output))
-        assert path.stat().st_size < MOST_BYTES
-
-    def test_cells_are_short(self, path):
-        for cell in code_cells(nbformat.read(path, as_version=4)):
-            assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
-
-    def test_names_only_what_is_public(self, path):
-        for cell in code_cells(nbformat.read(path, as_version=4)):
-            private = re.search(r"jaxbn(\.\w+)*\._|jaxbn\.cli|sys\.path", cell.source)
-            assert private is None, cell.source
-            imported = re.findall(r"^\s*(?:import|from) (\w+)", cell.source, re.M)
-            assert not {f"{name}.py" for name in imported} & TEST_FILES, cell.source
-
-    def test_every_picture_has_a_claim(self, path):
-        """Asserted in its cell, or in one since the picture before."""
-        source, pictures = "", 0
-        for cell in code_cells(nbformat.read(path, as_version=4)):
-            source += cell.source
-            if any("image/png" in output.get("data", {}) for output in cell.outputs):
-                assert "assert " in source, cell.source
-                source, pictures = "", pictures + 1
-        assert pictures
+        since += cell.source
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert "assert " in since, cell.source
+            since, pictures = "", pictures + 1
+    assert pictures
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Pages are notebooks/*.md; tests/test_site.py builds the site from them.
 """
 
 import doctest
-import importlib
 import json
 import os
 import re
@@ -12,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from jaxbn.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md"
@@ -36,8 +38,12 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name)
+exhaustive = [
+    pytest.param(p, marks=pytest.mark.exhaustive) for p in PAGES if blocks(p, "python")
+]
+
+
+@pytest.mark.parametrize("path", [README, *exhaustive], ids=name)
 def test_blocks_run(path, tmp_path):
     """In a process of their own, as a reader would, in JAX's default configuration."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
@@ -51,26 +57,18 @@ def test_blocks_run(path, tmp_path):
     )
 
 
-@pytest.fixture
-def unfiltered():
-    """JAX adds no note to an error, which doctest would take for the message."""
-    import jax
-
-    before = jax.config.jax_traceback_filtering
-    jax.config.update("jax_traceback_filtering", "off")
-    yield
-    jax.config.update("jax_traceback_filtering", before)
-
-
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "pycon")], ids=name)
-def test_messages_are_these(path, unfiltered):
-    import jax
-
+def test_messages_are_these(path):
     text = "\n".join(blocks(path, "pycon"))
     test = doctest.DocTestParser().get_doctest(text, {}, name(path), str(path), 0)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = runner.run(test)
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")  # no note beside the message
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            result = runner.run(test)
+    finally:
+        jax.config.update("jax_traceback_filtering", before)
     assert result.attempted
     assert not result.failed
 
@@ -84,16 +82,10 @@ def test_commands_exist(path, capsys):
     calls = begins.findall("\n".join(code))
     for command, *words in map(str.split, calls):
         assert command in {"train", "bench", "check", "inspect", "reproduce"}, command
-        flags = {word for word in words if word.startswith("--")} - {"--help"}
-        if flags:
-            assert flags <= known_flags(command, capsys), command
-
-
-def known_flags(command, capsys):
-    main = importlib.import_module("jaxbn.__main__").main
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known = re.findall(r"--[\w-]+", capsys.readouterr().out)
+        assert {word for word in words if word.startswith("--")} <= {*known}, command
 
 
 def prose(text):
@@ -129,10 +121,8 @@ def test_sentences_are_short(path):
 def test_the_count_of_words():
     long = "word " * 40
     assert [len(s.split()) for s in sentences(f"One, two.\n\n* {long}.")][-1] == 41
-    assert (
-        max(len(s.split()) for s in sentences(f"`{long}` and\n| a | {long[:90]} |"))
-        < 35
-    )
+    code = f"`{long}` and\n| a | {long[:90]} |"
+    assert max(len(s.split()) for s in sentences(code)) < 35
 
 
 def test_spelling(tmp_path):

@@ -1,9 +1,8 @@
 """Properties of batch norm on inputs drawn at random, by hypothesis.
 
-`pytest` draws a few examples of each property, always the same ones; `pytest -m long`
-draws `LONG` of each, always others. Whatever makes another program (shapes, axes,
-dtypes, epsilon) comes from a table, itself drawn, since JAX compiles each anew; values,
-masks and momenta come from anywhere.
+A few examples of each property, always the same ones; `pytest -m long` draws `LONG`,
+always others. What makes another program (shapes, axes, dtypes, epsilon) comes from a
+table, itself drawn; values, masks and momenta come from anywhere.
 
 The tolerances are those of an error analysis, feature by feature. Let u be the rounding
 of the arithmetic (float32 or float64), n the counted elements, and A, H and G the
@@ -38,10 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from devices import mesh
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import Params, State
@@ -63,14 +59,10 @@ ROWS_FIRST = [layout for layout in LAYOUTS if layout[1] == (-1,)]
 # Powers of ten. How far from 0 x may lie, in standard deviations, so that its dtype
 # still tells its values apart; and how wide it may be, as float16 ends at 65504.
 FURTHEST = {"float16": 1.5, "bfloat16": 1.0, "float32": 3.0, "float64": 6.0}
-WIDEST = {
-    "float16": (-1, 1),
-    "bfloat16": (-3, 4),
-    "float32": (-3, 4),
-    "float64": (-6, 6),
-}
+WIDEST = dict(zip(FURTHEST, [(-1, 1), (-3, 4), (-3, 4), (-6, 6)], strict=True))
 
-SHAPES_OF_DATA = ["normal", "normal", "two values", "one outlier", "constant"]
+EPSILONS, DERIVATIVES = (1e-6, 1e-5, 1e-3, 1.0), ("vjp", "vjp", "jvp")
+KINDS_OF_DATA = ["normal", "normal", "two values", "one outlier", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,32 +85,27 @@ class Example:
     @property
     def static(self):
         """What makes a program of its own."""
-        return (
-            ("axis", self.axis),
-            ("epsilon", self.epsilon),
-            ("derivative", self.derivative),
-        )
+        return (*self.kernel.items(), ("derivative", self.derivative))
 
     @property
     def kernel(self):
-        """Axis and epsilon, for the oracle and for `forward`."""
         return {"axis": self.axis, "epsilon": self.epsilon}
+
+    @property
+    def reduced(self):
+        features = [i % len(self.shape) for i in self.axis]
+        return tuple(i for i in range(len(self.shape)) if i not in features)
 
     def draw(self):
         """(x, scale, bias, mask, dy, state), exact in `dtype`; on the host."""
         rng = np.random.default_rng(self.seed)
         features = [i % len(self.shape) for i in self.axis]
         per_feature = tuple(self.shape[i] for i in features)
-        reduced = [i for i in range(len(self.shape)) if i not in features]
-        rows = tuple(self.shape[i] for i in reduced)
-        columns = np.stack(
-            [self._column(rng, int(np.prod(rows))) for _ in np.ndindex(per_feature)], -1
-        )
-        x = np.moveaxis(
-            columns.reshape(rows + per_feature),
-            range(len(rows), len(self.shape)),
-            features,
-        )
+        rows = tuple(self.shape[i] for i in self.reduced)
+        n = int(np.prod(rows))
+        columns = np.stack([self._column(rng, n) for _ in np.ndindex(per_feature)], -1)
+        last = range(len(rows), len(self.shape))
+        x = np.moveaxis(columns.reshape(rows + per_feature), last, features)
         scale = rng.uniform(0.5, 2, per_feature) * rng.choice([-1, 1], per_feature)
         bias, mean = rng.normal(size=(2, *per_feature)) * 2
         var = rng.uniform(0.1, 4, per_feature)
@@ -138,8 +125,7 @@ class Example:
 
     def _column(self, rng, n):
         """One feature, with a place, a width and a kind of its own."""
-        kind = rng.choice(SHAPES_OF_DATA)
-        column = rng.normal(size=n)
+        kind, column = rng.choice(KINDS_OF_DATA), rng.normal(size=n)
         if kind == "two values":
             column = np.where(column > 0, 1.0, -1.0)
         if kind == "one outlier":
@@ -163,16 +149,13 @@ def examples(
     layouts=LAYOUTS,
     dtypes=("float16", "bfloat16", "float32", "float64"),
     masks=("none", "rows", "all but rows", "full"),
-    has=((True, True), (True, False), (False, True), (False, False)),
-    epsilons=(1e-6, 1e-5, 1e-3, 1.0),
-    derivatives=("vjp", "vjp", "jvp"),
     num_programs=40,
-    seed=0,
 ):
     """Examples of `num_programs` programs, out of all combinations of these choices."""
-    choices = layouts, dtypes, masks, has, epsilons, derivatives
+    has = itertools.product((True, False), repeat=2)
+    choices = layouts, dtypes, masks, has, EPSILONS, DERIVATIVES
     combinations = list(itertools.product(*choices))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     table = [combinations[i] for i in rng.permutation(len(combinations))[:num_programs]]
 
     @st.composite
@@ -192,24 +175,15 @@ def examples(
     return example()
 
 
-def in_dtype(check):
-    """Runs a check with 64 bits where the example has them."""
-
-    @functools.wraps(check)
-    def run(example, *args, **kwargs):
-        with jax.enable_x64(example.dtype == "float64"):
-            check(example, *args, **kwargs)
-
-    return run
-
-
-def step_of(static, function=jaxbn.batch_norm):
+@functools.cache
+def compiled(static):
     """(x, scale, bias, mask, dy, state, momentum) -> (y, state, dx, dscale, dbias)."""
 
+    @jax.jit
     def step(x, scale, bias, mask, dy, state, momentum):
         def normalize(x, scale, bias):
             kwargs = {"train": True, "momentum": momentum, "mask": mask, **dict(static)}
-            return function(x, Params(scale, bias), state, **kwargs)
+            return jaxbn.batch_norm(x, Params(scale, bias), state, **kwargs)
 
         y, vjp, new = jax.vjp(normalize, x, scale, bias, has_aux=True)
         return y, new, *vjp(dy)
@@ -217,33 +191,21 @@ def step_of(static, function=jaxbn.batch_norm):
     return step
 
 
-@functools.cache
-def compiled(static, function=jaxbn.batch_norm):
-    return jax.jit(step_of(static, function))
-
-
-def named(y, state, dx, dscale, dbias):
-    """The results that there are, in float64."""
+def run(example, drawn):
+    """The results that there are, in float64 under their names."""
+    momentum = np.float32(example.momentum)
+    y, state, dx, dscale, dbias = compiled(example.static)(*drawn, momentum)
+    assert y.dtype == dx.dtype == example.dtype
+    assert state.mean.dtype == drawn[-1].mean.dtype
     results = {"y": y, "dx": dx, "dscale": dscale, "dbias": dbias}
     results |= {"mean": state.mean, "var": state.var}
     return {k: np.asarray(v, np.float64) for k, v in results.items() if v is not None}
 
 
-def run(example, drawn, function=jaxbn.batch_norm):
-    """The step, and its results in float64 under their names."""
-    momentum = np.float32(example.momentum)
-    y, state, dx, dscale, dbias = compiled(example.static, function)(*drawn, momentum)
-    assert y.dtype == dx.dtype == example.dtype
-    assert state.mean.dtype == drawn[-1].mean.dtype
-    return named(y, state, dx, dscale, dbias)
-
-
 @functools.cache
-def share(shape, axis):
+def share(shape, reduced):
     """Of the elements, that of the part whose mean is the head."""
-    reduced = tuple(set(range(len(shape))) - {i % len(shape) for i in axis})
-    part, _ = _part(jnp.zeros(shape), tuple(sorted(reduced)))
-    return part.size / np.prod(shape)
+    return _part(jnp.zeros(shape), reduced)[0].size / np.prod(shape)
 
 
 class Allowed:
@@ -252,49 +214,37 @@ class Allowed:
     def __init__(self, example, x, scale, bias, mask, dy, state, merged=False):
         self.example, self.dtype = example, example.dtype
         wide = jnp.float64 if example.dtype == "float64" else jnp.float32
-        self.u = u = float(jnp.finfo(wide).eps)
-        axis = example.axis
-        whole, mask = (
-            mask is None,
-            np.broadcast_to(True if mask is None else mask, x.shape),
-        )
+        u, rounding = (float(jnp.finfo(dtype).eps) for dtype in (wide, self.dtype))
+        f = share(example.shape, example.reduced) if mask is None else 1
+        mask = np.broadcast_to(True if mask is None else mask, x.shape)
         x, dy = (np.where(mask, a, 0).astype(np.float64) for a in (x, dy))
-        n, mean, var = oracle.moments(x, axis=axis, mask=mask)
-        self.n = n = np.maximum(n, 1)
-        self.s = s = 4 * u * np.sqrt(np.maximum(n, 4))
-        self.rstd = rstd = (var + example.epsilon) ** -0.5
-        a, h, g = (self.largest(v) for v in (x, self.x_hat(x, mask, mean, rstd), dy))
+        n, mean, var = oracle.moments(x, axis=example.axis, mask=mask)
+        n = np.maximum(n, 1)
+        s = 4 * u * np.sqrt(np.maximum(n, 4))
+        rstd = (var + example.epsilon) ** -0.5
+        x_hat = np.where(mask, (x - self.expand(mean)) * self.expand(rstd), 0)
+        a, h, g = (
+            np.abs(values).max(example.reduced, initial=0) for values in (x, x_hat, dy)
+        )
         gamma = 1 if scale is None else np.abs(np.asarray(scale, np.float64))
         beta = 0 if bias is None else np.abs(np.asarray(bias, np.float64))
         self.batch_mean = m = s * a
-        f = share(example.shape, axis) if whole else 1
         off = s * np.minimum(a, 2 * h / rstd + m) if wide == jnp.float32 else m
         self.batch_var = v = s * (var / f + m**2) + off**2
         v += merged * 2 * m * np.sqrt(var)
-        self.e = e = off * rstd + h * (s + v * rstd**2 / 2)
-        rounding = float(jnp.finfo(self.dtype).eps)
-        largest_dx = gamma * rstd * g * (2 + h)
+        e = off * rstd + h * (s + v * rstd**2 / 2)
+        dx = (2 + h) * (s + rounding) + e + h * (e + s * h)
         self.bounds = {
             "y": gamma * e + (4 * u + rounding) * (gamma * h + beta),
             "dbias": n * g * (s + rounding),
             "dscale": n * g * (e + s * h + rounding * h),
-            "dx": gamma * rstd * g * ((2 + h) * s + e + h * (e + s * h))
-            + rounding * largest_dx,
+            "dx": gamma * rstd * g * dx,
             "mean": self.batch_mean + 4 * u * (a + np.abs(state.mean)),
             "var": self.batch_var + 4 * u * (var + state.var),
         }
 
-    def largest(self, values):
-        rows, _, shape = oracle._columns(values, self.example.axis, None)
-        return np.abs(rows).max(0, initial=0).reshape(shape)
-
-    def x_hat(self, x, mask, mean, rstd):
-        return np.where(mask, (x - self.expand(mean)) * self.expand(rstd), 0)
-
     def expand(self, per_feature):
-        features = [i % len(self.example.shape) for i in self.example.axis]
-        others = [i for i in range(len(self.example.shape)) if i not in features]
-        return np.expand_dims(per_feature, others)
+        return np.expand_dims(per_feature, self.example.reduced)
 
     def check(self, actual, desired, times=1):
         """Every result of `desired`, within `times` its bound."""
@@ -323,13 +273,11 @@ def by_oracle(example, x, scale, bias, mask, dy, state):
     return results | ({} if bias is None else {"dbias": dbias})
 
 
-@in_dtype
 def equals_the_oracle(example):
     drawn = example.draw()
     Allowed(example, *drawn).check(run(example, drawn), by_oracle(example, *drawn))
 
 
-@in_dtype
 def powers_of_two_change_no_bit(example, power):
     """X 2^k with epsilon 4^k: the same y and dscale, and dx 2^-k, to the last bit."""
     x, *rest = example.draw()
@@ -342,50 +290,6 @@ def powers_of_two_change_no_bit(example, power):
     np.testing.assert_array_equal(one["dx"], np.ldexp(two["dx"], power))
 
 
-@in_dtype
-def shift_and_scale_do_not_matter(example, factor, shift):
-    """Whole numbers, so that factor x + shift is exact; epsilon goes with factor^2."""
-    x, scale, _, *rest = example.draw()
-    x = np.random.default_rng(example.seed).integers(-8, 9, x.shape).astype(x.dtype)
-    moved = dataclasses.replace(example, epsilon=example.epsilon * factor**2)
-    one = (x, scale, None, *rest)
-    two = ((factor * x + shift).astype(x.dtype), scale, None, *rest)
-    y, dx = (run(example, one)[name] for name in ("y", "dx"))
-    results = run(moved, two)
-    sign = np.sign(factor)
-    allowed = Allowed(moved, *two)
-    allowed.bounds["y"] = allowed.bounds["y"] + Allowed(example, *one).bounds["y"]
-    allowed.check({"y": sign * results["y"]}, {"y": y})
-    allowed.bounds["dx"] += Allowed(example, *one).bounds["dx"] / abs(factor)
-    allowed.check({"dx": results["dx"]}, {"dx": dx / abs(factor)})
-
-
-@in_dtype
-def dx_is_orthogonal_to_1_and_x_hat(example):
-    """Sum dx = 0; sum dx x_hat = scale rstd dscale epsilon / (var + epsilon).
-
-    0 but for epsilon, as sum x_hat^2 / n is var / (var + epsilon).
-    """
-    drawn = x, scale, bias, mask, dy, state = example.draw()
-    del bias, state
-    allowed = Allowed(example, *drawn)
-    dx = run(example, drawn)["dx"]
-    _, mean, _ = oracle.moments(x, axis=example.axis, mask=mask)
-    keep = np.broadcast_to(True if mask is None else mask, x.shape)
-    x_hat = allowed.x_hat(np.asarray(x, np.float64), keep, mean, allowed.rstd)
-    _, dscale, _ = oracle.backward(dy, x, scale, **example.kernel, mask=mask)
-    gamma = 1 if scale is None else np.asarray(scale, np.float64)
-    left = gamma * allowed.rstd**3 * dscale * example.epsilon
-    # n results, each off by at most its bound.
-    bound = allowed.n * (allowed.bounds["dx"] + float(jnp.finfo(example.dtype).tiny))
-    over = {"axis": example.axis, "mask": None}
-    total = [oracle._columns(a, **over)[0].sum(0) for a in (dx, dx * x_hat)]
-    assert (np.abs(total[0]) <= bound.ravel()).all()
-    h = allowed.largest(x_hat)
-    assert (np.abs(total[1] - left.ravel()) <= (bound * np.maximum(h, 1)).ravel()).all()
-
-
-@in_dtype
 def masked_equals_filtered(example, num_kept):
     """Rows under the mask could as well not be there; here they hold NaN."""
     x, scale, bias, _, dy, state = example.draw()
@@ -400,18 +304,6 @@ def masked_equals_filtered(example, num_kept):
         np.testing.assert_array_equal(np.delete(masked[name], kept, 0), 0)
         masked[name] = masked[name][kept]
     Allowed(example, x, scale, bias, mask, dy, state).check(masked, filtered, times=2)
-
-
-@in_dtype
-def order_does_not_matter(example):
-    x, scale, bias, mask, dy, state = drawn = example.draw()
-    order = np.random.default_rng(example.seed).permutation(len(x))
-    if mask is not None and len(mask) == len(x):
-        mask = mask[order]
-    other = run(example, (x[order], scale, bias, mask, dy[order], state))
-    one = run(example, drawn)
-    one |= {name: one[name][order] for name in ("y", "dx")}
-    Allowed(example, *drawn).check(other, one, times=2)
 
 
 @functools.cache
@@ -431,7 +323,6 @@ def compiled_moments(axis, cuts):
     return moments
 
 
-@in_dtype
 def parts_merge_into_the_whole(example, cuts):
     """Three parts of the rows, some with nothing in them, merged from either end."""
     x, _, _, mask, *_ = drawn = example.draw()
@@ -444,125 +335,6 @@ def parts_merge_into_the_whole(example, cuts):
         # Two more roundings for each merge.
         assert (np.abs(some.mean - mean) <= 2 * allowed.batch_mean).all()
         assert (np.abs(some.var - var) <= 2 * allowed.batch_var + 1e-37).all()
-
-
-@functools.cache
-def compiled_backward(kernel):
-    @jax.jit
-    def backward(x, scale, bias, mask, *dys):
-        _, cache = jaxbn.forward(x, scale, bias, mask=mask, **dict(kernel))
-        return [jaxbn.backward(dy, cache) for dy in dys]
-
-    return backward
-
-
-@in_dtype
-def backward_is_linear(example, a, b):
-    """In float64, where a g + b h is as good as exact."""
-    x, scale, bias, mask, g, state = example.draw()
-    h = np.random.default_rng(example.seed).normal(size=x.shape)
-    both = a * g + b * h
-    kernel = tuple(example.kernel.items())
-    results = compiled_backward(kernel)(x, scale, bias, mask, g, h, both)
-    largest = (abs(a) + 1) * np.abs(g) + (abs(b) + 1) * np.abs(h)
-    allowed = Allowed(example, x, scale, bias, mask, largest, state)
-    of_g, of_h, of_both = (
-        {
-            k: v
-            for k, v in named(None, state, *r).items()
-            if k in ("dx", "dscale", "dbias")
-        }
-        for r in results
-    )
-    sums = {name: a * of_g[name] + b * of_h[name] for name in of_both}
-    allowed.check(of_both, sums, times=2)
-
-
-@functools.cache
-def vmapped(static):
-    return jax.jit(jax.vmap(step_of(static), (0, 0, 0, None, 0, None, 0)))
-
-
-@in_dtype
-def vmap_equals_a_loop(example, momenta):
-    """Three batch norms side by side, each with its own data and momentum."""
-    several = [dataclasses.replace(example, seed=example.seed + i) for i in range(3)]
-    several = [
-        dataclasses.replace(e, momentum=m)
-        for e, m in zip(several, momenta, strict=True)
-    ]
-    drawn = [e.draw() for e in several]
-    mask, state = drawn[0][3], drawn[0][5]
-    drawn = [(*some[:3], mask, some[4], state) for some in drawn]
-    x, scale, bias, _, dy = (
-        None if parts[0] is None else np.stack(parts)
-        for parts in zip(*(some[:5] for some in drawn), strict=True)
-    )
-    results = named(
-        *vmapped(example.static)(x, scale, bias, mask, dy, state, np.float32(momenta))
-    )
-    for i, (one, some) in enumerate(zip(several, drawn, strict=True)):
-        here = {name: result[i] for name, result in results.items()}
-        Allowed(one, *some).check(here, run(one, some), times=2)
-
-
-@functools.cache
-def over_devices(static, num, has_mask):
-    """The step with `axis_name`, and the rows of x over `num` devices."""
-    rows, same = P("d"), P()
-    return jax.jit(
-        jax.shard_map(
-            step_of((*static, ("axis_name", "d"))),
-            mesh=mesh(d=num),
-            in_specs=(rows, same, same, rows if has_mask else same, rows, same, same),
-            out_specs=(rows, same, rows, same, same),
-        )
-    )
-
-
-@in_dtype
-def sharded_equals_whole(example, named_axis, num):
-    x, scale, bias, mask, dy, state = drawn = example.draw()
-    rows = NamedSharding(mesh(d=num), P("d"))
-    x, dy = (jax.device_put(a, rows) for a in (x, dy))
-    if mask is not None:
-        mask = jax.device_put(mask, rows)
-    step = compiled(example.static)
-    if named_axis:
-        step = over_devices(example.static, num, mask is not None)
-    results = step(x, scale, bias, mask, dy, state, np.float32(example.momentum))
-    allowed = Allowed(example, *drawn)
-    allowed.check(named(*results), run(example, drawn), times=2)
-
-
-@functools.cache
-def ghosts(size):
-    return functools.partial(jaxbn.ghost_batch_norm, ghost_batch_size=size)
-
-
-@in_dtype
-def ghosts_equal_a_loop(example):
-    """Ghost batches are batch norms one after the other."""
-    x, scale, bias, mask, dy, state = drawn = example.draw()
-    size = len(x) // 2
-    halved = dataclasses.replace(example, shape=(size, *x.shape[1:]))
-    results = run(example, drawn, ghosts(size))
-    want, bounds = {}, {}
-    for part in (slice(0, size), slice(size, None)):
-        some = mask[part] if mask is not None and len(mask) == len(x) else mask
-        half = (x[part], scale, bias, some, dy[part], state)
-        allowed, here = Allowed(halved, *half), by_oracle(halved, *half)
-        allowed.check(
-            {k: results[k][part] for k in ("y", "dx")},
-            {k: here.pop(k) for k in ("y", "dx")},
-        )
-        state = State(here["mean"], here["var"], state.num_updates)
-        for name in here:
-            bounds[name] = bounds.get(name, 0) + allowed.bounds[name]
-            before = want.get(name, 0) if name.startswith("d") else 0
-            want[name] = before + here[name]
-    allowed.bounds = bounds
-    allowed.check(results, want)
 
 
 UPDATES = [
@@ -599,12 +371,10 @@ def state_follows_its_rule(example, mode, running_variance, broken):
     mask = rng.random(x.shape) < 0.8
     step, what = broken
     if what == "nan":
-        x[step, 2, 1] = np.nan
-        mask[step, 2, 1] = True
+        x[step, 2, 1], mask[step, 2, 1] = np.nan, True
     elif what is not None:
-        mask[step, :, :] = mask[step, :, :] & (what == "one feature counts")
+        mask[step] = False
         mask[step, :, 0] = what == "one feature counts"
-        mask[step, :, 1:] = False
     unbiased = running_variance == "unbiased"
     mean, var, count = np.zeros(3), np.ones(3), 0
     got = compiled_updates(tuple(UPDATES[mode].items()), running_variance)(
@@ -635,74 +405,19 @@ def state_follows_its_rule(example, mode, running_variance, broken):
         np.testing.assert_allclose(state.var, var, atol=25 * 4 * 8 * 2**-23)
 
 
-NO_LIMITS = functools.partial(jaxbn.batch_renorm, r_max=np.inf, d_max=np.inf)
-NARROWEST = functools.partial(jaxbn.batch_renorm, r_max=1, d_max=0)
-
-
-@in_dtype
-def renorm_lies_between(example):
-    """Without limits it is inference; with the narrowest ones, batch norm."""
-    drawn = x, scale, bias, mask, _, state = example.draw()
-    allowed = Allowed(example, *drawn)
-    allowed.check(run(example, drawn, NARROWEST), run(example, drawn), times=2)
-    y = run(example, drawn, NO_LIMITS)["y"]
-    stored = (state.mean, state.var, scale, bias)
-    want = oracle.normalize(x, *stored, **example.kernel, mask=mask)
-    # As for y, with rstd and x_hat of the stored statistics.
-    rstd = (state.var + example.epsilon) ** -0.5
-    bare = oracle.normalize(x, *stored[:2], **example.kernel, mask=mask)
-    ratio = rstd / allowed.rstd
-    gamma = 1 if scale is None else np.abs(np.asarray(scale, np.float64))
-    allowed.bounds["y"] = allowed.bounds["y"] + gamma * (
-        ratio * allowed.e
-        + (allowed.s + float(jnp.finfo(example.dtype).eps)) * allowed.largest(bare)
-        + allowed.s * np.abs(state.mean) * rstd
-    )
-    allowed.check({"y": y}, {"y": want})
-
-
-ROWS_ON_AXIS_0 = [*ROWS_FIRST, ((3, 4, 5), (1,))]
 PROPERTIES = {
     equals_the_oracle: [examples()],
     powers_of_two_change_no_bit: [
         examples(dtypes=("bfloat16", "float32", "float64"), num_programs=24),
         st.sampled_from([-3, 2]),
     ],
-    shift_and_scale_do_not_matter: [
-        examples(dtypes=("float32", "float64"), epsilons=(1e-5, 1.0), num_programs=24),
-        st.sampled_from([-1, 3]),
-        st.integers(-4096, 4096),
-    ],
-    dx_is_orthogonal_to_1_and_x_hat: [examples(seed=1)],
     masked_equals_filtered: [
         examples(layouts=ROWS_FIRST, masks=("none",), num_programs=24),
         st.sampled_from([2, 3, 5]),
     ],
-    order_does_not_matter: [examples(layouts=ROWS_ON_AXIS_0)],
     parts_merge_into_the_whole: [
-        examples(layouts=ROWS_ON_AXIS_0, num_programs=24),
+        examples(layouts=[*ROWS_FIRST, ((3, 4, 5), (1,))], num_programs=24),
         st.sampled_from([(0.0, 0.5), (0.25, 0.25), (0.3, 0.8), (0.5, 1.0)]),
-    ],
-    backward_is_linear: [
-        examples(dtypes=("float64",)),
-        st.floats(-100, 100),
-        st.floats(-100, 100),
-    ],
-    vmap_equals_a_loop: [
-        examples(seed=2, num_programs=24),
-        st.tuples(*[st.floats(0, 1, width=32)] * 3),
-    ],
-    sharded_equals_whole: [
-        examples(
-            layouts=[((8, 3), (-1,)), ((16, 3, 2), (1,))],
-            masks=("none", "full"),
-            num_programs=12,
-        ),
-        st.booleans(),
-        st.sampled_from([2, 8]),
-    ],
-    ghosts_equal_a_loop: [
-        examples(layouts=[((8, 3), (-1,)), ((4, 3, 3, 2), (-1,))], num_programs=24)
     ],
     state_follows_its_rule: [
         examples(dtypes=("float32",), num_programs=1),
@@ -713,21 +428,24 @@ PROPERTIES = {
             st.sampled_from([None, "nan", "nothing counts", "one feature counts"]),
         ),
     ],
-    renorm_lies_between: [
-        examples(derivatives=("vjp",), num_programs=24, seed=3),
-    ],
 }
 
 
 def hold(check, number, **settings):
-    """Draws `number` examples."""
+    """Draws `number` examples, each with 64 bits where its dtype has them."""
+
+    @functools.wraps(check)
+    def run(example, **drawn):
+        with jax.enable_x64(example.dtype == "float64"):
+            check(example, **drawn)
+
     hypothesis.settings(
         max_examples=number,
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         **settings,
-    )(hypothesis.given(*PROPERTIES[check])(check))()
+    )(hypothesis.given(*PROPERTIES[check])(run))()
 
 
 by_name = pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
@@ -736,7 +454,8 @@ by_name = pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check._
 @by_name
 def test_property(check):
     # The update of a state has eight programs, soon compiled, of which none may miss.
-    hold(check, 24 if check is state_follows_its_rule else QUICK, derandomize=True)
+    number = {state_follows_its_rule: 24, equals_the_oracle: 2 * QUICK}
+    hold(check, number.get(check, QUICK), derandomize=True)
 
 
 @pytest.mark.long

@@ -18,30 +18,28 @@ from jaxbn.__main__ import main
 
 SOURCES = sorted(Path(jaxbn.__file__).parent.rglob("*.py"))
 
-# Modules that run what a file says, or that call somebody; the files that may.
+# Modules that run what a file says, or that call somebody.
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 CALLERS = {"ftplib", "http", "httpx", "requests", "smtplib", "urllib", "urllib3"}
-ALLOWED = {"socket": set[str](), "subprocess": set[str]()}
+CALLERS |= {"socket", "subprocess"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_module_unpickles_evaluates_or_calls(path):
+def breaches(path):
+    """What a file imports or calls that it should not."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        for name in (name.partition(".")[0] for name in names):
-            assert name not in UNPICKLERS | CALLERS
-            assert path.name in ALLOWED.get(name, {path.name})
+        else:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        yield from {name.partition(".")[0] for name in names} & (UNPICKLERS | CALLERS)
         if isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Name):
-                assert node.func.id not in {"eval", "exec", "__import__"}
-            assert not {"allow_pickle", "shell"} & {word.arg for word in node.keywords}
+            called = {getattr(node.func, "id", None)}
+            yield from called & {"eval", "exec", "__import__"}
+            yield from {word.arg for word in node.keywords} & {"allow_pickle", "shell"}
 
 
-# Files that are not what they seem
+def test_no_module_unpickles_evaluates_or_calls():
+    assert {path.name: [*breaches(path)] for path in SOURCES if [*breaches(path)]} == {}
 
 
 class Trap:
@@ -88,10 +86,7 @@ def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path, capsys):
     assert "\x1b" not in out
 
 
-# What the commands do
-
 # Imported by every Python process, before all else; and nothing can swallow an exit.
-# A pickle that names no class or function holds data only, and shows no event.
 WATCH = """
 import os, sys
 
@@ -136,7 +131,6 @@ def watched(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a process in which, and in whose children, the above is fatal."""
     (folder / "sitecustomize.py").write_text(WATCH)
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    # JAX_PLATFORMS is cpu: for a TPU JAX itself would ask the cloud's metadata server.
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -159,12 +153,11 @@ def test_commands_unpickle_nothing_and_call_nobody(tmp_path):
     "code",
     [
         "import socket; socket.create_connection(('192.0.2.1', 9), 0.1)",
-        "import socket as s; s.socket(type=s.SOCK_DGRAM).connect(('192.0.2.1', 9))",
         "import pickle, os; pickle.loads(pickle.dumps(os.getpid))",
         "import subprocess, sys; word = 'import socket; socket.gethostbyname(\"x\")'; "
         "sys.exit(subprocess.run([sys.executable, '-c', word]).returncode)",
     ],
-    ids=["tcp", "udp", "pickle", "child"],
+    ids=["tcp", "pickle", "child"],
 )
 def test_watch_would_have_seen_it(code, tmp_path):
     done = watched(code, tmp_path)

@@ -10,20 +10,11 @@ where the running mean is far from that of the batch.
 import functools
 import math
 
+import described
 import jax
 import jax.numpy as jnp
 import pytest
-from described import (
-    DTYPES,
-    FEATURES,
-    LOCAL,
-    arguments,
-    batch_norm,
-    both,
-    compiled,
-    forward,
-    with_relu,
-)
+from described import DTYPES, FEATURES, LOCAL, arguments, batch_norm, both, compiled
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from kernels import SUMS, collectives, traffic
@@ -32,31 +23,35 @@ from tpu import CHIPS, needs_libtpu
 import jaxbn.linen
 
 pytestmark = [pytest.mark.tpu, needs_libtpu]
-RELU = functools.partial(with_relu, batch_norm)
+RELU = functools.partial(described.with_relu, batch_norm)
 
 
-def sizes(program, dtype):
-    """Bytes moved and bytes of temporaries, on each chip, in sizes of x."""
+def passes_of(norm):
+    return [functools.partial(step, norm) for step in (described.forward, both)]
+
+
+def assert_costs(passes, args, dtype, all_reduces):
+    """The forward pass moves 3 sizes of x, both move 8; and no float32 copy of it."""
     nbytes = math.prod(LOCAL) * jnp.dtype(dtype).itemsize
-    moved = traffic(program).nbytes
-    return moved / nbytes, program.memory_analysis().temp_size_in_bytes / nbytes
-
-
-def assert_passes(program, passes, dtype):
-    """So many reads and writes of x's size, and no temporary: no float32 copy."""
-    moved, temporary = sizes(program, dtype)
-    assert moved == pytest.approx(passes, abs=0.1)
-    assert temporary < 0.1
+    for step, sizes, number in zip(passes, (3, 8), all_reduces, strict=True):
+        program = compiled(step, args)
+        assert collectives(program) == ({"all-reduce": number} if number else {})
+        assert traffic(program).nbytes / nbytes == pytest.approx(sizes, abs=0.1)
+        assert program.memory_analysis().temp_size_in_bytes / nbytes < 0.1
 
 
 @DTYPES
 @pytest.mark.parametrize("norm", [batch_norm, RELU], ids=["alone", "relu"])
 def test_one_chip(chips, norm, dtype):
     _, args = arguments(chips[:1], dtype)
-    for step, passes in ((forward, 3), (both, 8)):
-        program = compiled(functools.partial(step, norm), args)
-        assert not collectives(program)
-        assert_passes(program, passes, dtype)
+    assert_costs(passes_of(norm), args, dtype, all_reduces=(0, 0))
+
+
+@DTYPES
+def test_eight_chips_by_sharding(chips, dtype):
+    """Plain jit: XLA adds an all-reduce to the pass for the moments, and backward."""
+    _, args = arguments(chips, dtype)
+    assert_costs(passes_of(batch_norm), args, dtype, all_reduces=(1, 2))
 
 
 @DTYPES
@@ -66,36 +61,20 @@ def test_eight_chips_by_name(chips, masked, dtype):
     mesh, args = arguments(chips, dtype)
 
     def norm(x, params, state):
-        mask = None
-        if masked:  # of another count on each chip
-            rows = jnp.arange(LOCAL[0]).reshape(-1, 1, 1, 1)
-            mask = rows > jax.lax.axis_index("chips")
+        # Another count on each chip.
+        rows = jnp.arange(LOCAL[0]).reshape(-1, 1, 1, 1)
+        mask = rows > jax.lax.axis_index("chips") if masked else None
         return batch_norm(x, params, state, axis_name="chips", mask=mask)
 
-    def over_chips(step, out_specs):
-        in_specs = P("chips"), P("chips"), P(), P()
-        return jax.shard_map(
-            functools.partial(step, norm),
-            mesh=mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-        )
-
+    over_chips = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("chips"), P("chips"), P(), P())
+    )
     specs = P("chips"), P()  # y, state; dx, dparams
-    for step, number in ((forward, 1), (both, 2)):
-        program = compiled(over_chips(step, specs * number), args)
-        assert collectives(program) == {"all-reduce": number}
-        assert_passes(program, 3 if step is forward else 8, dtype)
-
-
-@DTYPES
-def test_eight_chips_by_sharding(chips, dtype):
-    """Plain jit: XLA adds an all-reduce to the pass for the moments, and backward."""
-    _, args = arguments(chips, dtype)
-    for step, number in ((forward, 1), (both, 2)):
-        program = compiled(functools.partial(step, batch_norm), args)
-        assert collectives(program) == {"all-reduce": number}
-        assert_passes(program, 3 if step is forward else 8, dtype)
+    passes = [
+        over_chips(step, out_specs=specs * number)
+        for number, step in enumerate(passes_of(norm), 1)
+    ]
+    assert_costs(passes, args, dtype, all_reduces=(1, 2))
 
 
 class Layers(nn.Module):
@@ -125,8 +104,8 @@ def test_layers_move_what_flax_moves(chips, number, dtype):
         net = Layers(norm, dtype)
         variables = jax.eval_shape(net.init, jax.random.key(0), x)
 
-        def layers(x, params, state):
-            variables = {"params": params, "batch_stats": state}
+        def layers(x, params, stats):
+            variables = {"params": params, "batch_stats": stats}
             return net.apply(variables, x, mutable="batch_stats")
 
         args = x, dy, variables["params"], variables["batch_stats"]
