@@ -40,14 +40,6 @@ PARITY = [
 ]
 
 
-@pytest.fixture
-def as_flax_wants():
-    """Flax's class broadcasts ranks, and promotes dtypes."""
-    promotion = jax.numpy_dtype_promotion("standard")
-    with jax.numpy_rank_promotion("allow"), promotion:
-        yield
-
-
 def random_like(variables):
     """Variables with random values, positive where they must be."""
     rng = np.random.default_rng(0)

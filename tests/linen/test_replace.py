@@ -14,13 +14,7 @@ from checkpoints import assert_identical
 import jaxbn.linen
 from jaxbn.linen import BatchNorm, BatchRenorm, replace_batch_norm
 
-
-@pytest.fixture(autouse=True)
-def as_flax_wants():
-    """Flax's class broadcasts ranks, and promotes dtypes."""
-    promotion = jax.numpy_dtype_promotion("standard")
-    with jax.numpy_rank_promotion("allow"), promotion:
-        yield
+pytestmark = pytest.mark.usefixtures("as_flax_wants")
 
 
 class Block(nn.Module):

@@ -13,13 +13,7 @@ from flax import nnx
 import jaxbn.nnx
 from jaxbn.nnx import BatchNorm, BatchRenorm, replace_batch_norm
 
-
-@pytest.fixture(autouse=True)
-def as_flax_wants():
-    """Flax's class broadcasts ranks; optax promotes dtypes."""
-    promotion = jax.numpy_dtype_promotion("standard")
-    with jax.numpy_rank_promotion("allow"), promotion:
-        yield
+pytestmark = pytest.mark.usefixtures("as_flax_wants")
 
 
 class Block(nnx.Module):
