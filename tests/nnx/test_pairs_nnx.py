@@ -80,17 +80,15 @@ def noisy(model, seed=0):
 
 
 def check_folded(model, x, pairs):
-    y, smaller = model(x), fold(model, pairs)
-    assert abs(smaller(x) - y).max() <= 1e-5 * abs(y).max()
-    np.testing.assert_array_equal(model(x), y)
+    y, smaller = call(model, x), fold(model, pairs)
+    assert abs(call(smaller, x) - y).max() <= 1e-5 * abs(y).max()
+    np.testing.assert_array_equal(call(model, x), y)
     return smaller
 
 
 def test_a_resnet_is_folded_whole():
-    model, x = (
-        noisy(ResNet(nnx.Rngs(0))),
-        jax.random.normal(jax.random.key(1), (2, 9, 9, 3)),
-    )
+    model = noisy(ResNet(nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 9, 3))
     pairs = find_pairs(model, jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert pairs == [
         ("stem/conv", "stem/norm", EPSILON),
@@ -108,7 +106,7 @@ def test_a_resnet_is_folded_whole():
     assert jax.tree.leaves(nnx.state(smaller, nnx.BatchStat)) == []
     assert len(inspect_statistics(model)) == 7
     view = nnx.view(smaller, use_running_average=True, deterministic=True)
-    np.testing.assert_array_equal(view(x), smaller(x))
+    np.testing.assert_array_equal(call(view, x), call(smaller, x))
     assert find_pairs(model, x=x) == pairs  # nothing is left in the model
 
 
@@ -140,43 +138,30 @@ def write(m, x):
     return m.norm(m.kept[...])
 
 
-A = [("a", "norm", EPSILON)]
 BEFORE = [("norm", "a", EPSILON), ("norm", "b", EPSILON)]
 CASES = {
-    "after": (lambda m, x: m.norm(m.a(x)), A, None),
-    "skip": (
-        lambda m, x: (y := m.a(x)) + m.norm(y),
-        [],
-        "of a also goes to `add`",
-    ),
-    "before": (lambda m, x: m.a(y := m.norm(nnx.relu(x))) + m.b(y), BEFORE, None),
-    "tied": (
-        lambda m, x: m.norm(m.a(x)) @ m.a.kernel.T,
-        [],
-        "kernel of a also goes to",
-    ),
-    "siamese": (lambda m, x: m.norm(m.a(x)) + m.norm(m.a(-x)), A, None),
-    "two layers": (lambda m, x: m.norm(m.a(x)) + m.norm(m.b(x)), [], "of one layer"),
-    "sow": (sow, A, None),
-    "written": (write, [], "output of a also goes to the results"),
-    "mask": (lambda m, x: m.norm(m.a(x), mask=x > 0), [], "a mask"),
+    "before": (lambda m, x: m.a(y := m.norm(nnx.relu(x))) + m.b(y), BEFORE),
+    "sow": (sow, [("a", "norm", EPSILON)]),
+    "written": (write, "output of a also goes to the results"),
+    "tied": (lambda m, x: m.norm(m.a(x)) @ m.a.kernel.T, "kernel of a also goes to"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_those_whose_outputs_go_nowhere_else(name):
-    function, expected, reason = CASES[name]
+    function, expected = CASES[name]
     rngs = nnx.Rngs(0)
     a, b = (nnx.Linear(4, 4, use_bias=False, rngs=rngs) for _ in range(2))
     x = jax.random.normal(jax.random.key(1), (5, 4))
     kept = nnx.Cache(jnp.zeros_like(x))
     model = noisy(Net(function, a=a, b=b, norm=BatchNorm(4, rngs=rngs), kept=kept))
     pairs = find_pairs(model, x)
-    assert pairs == expected
-    assert pairs.unfoldable.keys() == ({"norm"} if reason else set())
-    assert reason is None or reason in pairs.unfoldable["norm"]
-    if not reason:
+    if isinstance(expected, str):
+        assert expected in pairs.unfoldable["norm"]
+    else:
+        assert pairs == expected
+        assert pairs.unfoldable == {}
         check_folded(model, x, pairs)
 
 
@@ -224,16 +209,11 @@ def test_bad_input():
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="must have a BatchNorm; got none"):
         find_pairs(model, x)
-    for tool, *args in ((find_pairs, x), (fold, []), (load_torch, {}, {})):
-        with pytest.raises(TypeError, match=r"flax\.nnx\.Module; got int"):
-            tool(3, *args)
     model = nnx.Sequential(*model.layers, BatchNorm(4, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="arguments must be those of inference"):
         find_pairs(model, x)
     with pytest.raises(ValueError, match=r"pairs.*'layers/7', which has \[\]"):
         fold(model, [("layers/7", "layers/1")])
-    with pytest.raises(TypeError, match="must be an iterable of pairs"):
-        fold(model, 3)
 
 
 def test_load_torch_fills_a_model():

@@ -1,6 +1,5 @@
 """weight_decay_mask for NNX: batch norms by class, whatever they are called."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
