@@ -74,14 +74,14 @@ def marked(
     path: str,
     is_norm: bool,
     array: jax.Array,
-    x: ArrayLike,
-    *args: Any,
-    **kwargs: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> jax.Array:
-    """Return `call(x, *args, **kwargs)`, with a mark on x and on what comes out.
+    """Return `call(*args, **kwargs)`, with a mark on x and on what comes out.
 
     `array` is the kernel of the layer `module`, or the mean of the batch norm.
     """
+    x, args, kwargs = input_apart(is_norm, args, kwargs)
     x, shape = as_array("x", x), jnp.shape(array)
     described = (
         _norm(module, x.ndim, *args, **kwargs)
@@ -93,6 +93,15 @@ def marked(
     # A training batch may be too small, or `axis_name` not bound.
     y = x if note.refusal == BY_BATCH else call(x, *args, **kwargs)
     return mark(y, array, (note, True))
+
+
+def input_apart(
+    is_norm: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    """Return x, and the other arguments of the call of a batch norm or a layer."""
+    name = "x" if is_norm else "inputs"
+    x, *others = args or [kwargs[name]]
+    return x, others, {k: v for k, v in kwargs.items() if k != name}
 
 
 def _norm(

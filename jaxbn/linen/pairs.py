@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxbn._checks import check_instance
 from jaxbn._fold_tree import Pair, Path, paths_in
 from jaxbn._models.measure import PyTree
-from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, marked
+from jaxbn._models.pairs import Pairs, arrays_apart, found_pairs, input_apart, marked
 from jaxbn._models.rules import result_dtype
 from jaxbn.linen.batch_norm import BatchNorm, normalized
 
@@ -168,12 +168,12 @@ def _mark(
     context: nn.module.InterceptorContext,
 ) -> jax.Array:
     is_norm, module = _kind(context), cast(Any, context.module)
-    if is_norm is None or not args:
+    if is_norm is None:
         return method(*args, **kwargs)
     where = ("batch_stats", "mean") if is_norm else ("params", "kernel")
     array = nn.meta.unbox(module.get_variable(*where))
     path = "/".join(module.path)
-    return marked(method, module, path, is_norm, array, *args, **kwargs)
+    return marked(method, module, path, is_norm, array, args, kwargs)
 
 
 def _skip(
@@ -188,7 +188,7 @@ def _skip(
     is_whole = not module.path and context.method_name == "__call__"
     if is_whole and not module.is_initializing():
         _check_layers(named, module.variables.get("params", {}))
-    if is_norm is None or not args or module.path not in paths:
+    if is_norm is None or module.path not in paths:
         return method(*args, **kwargs)
     # A batch norm that is not folded has a mean; a folded layer has a bias.
     array = ("batch_stats", "mean") if is_norm else ("params", "bias")
@@ -197,7 +197,7 @@ def _skip(
             "`variables` must be those that `fold_tree` returns for `pairs`"
         )
     if is_norm:
-        x = jnp.asarray(args[0])
+        x = jnp.asarray(input_apart(is_norm, args, kwargs)[0])
         learned = [module.param_dtype] * (module.use_scale or module.use_bias)
         return x.astype(result_dtype(module.dtype, x, learned))
     y = method(*args, **kwargs)

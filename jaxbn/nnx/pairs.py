@@ -210,13 +210,11 @@ def _marking(cls: Any) -> Any:
 
     class Marking(cls):
         def __call__(self, *args: Any, **kwargs: object) -> jax.Array:
-            if not args:
-                return super().__call__(**kwargs)
             array = self.mean[...] if is_norm else self.kernel[...]
             # Not itself, which other modules may share: here the path is right.
             array = jnp.zeros_like(array)
             path, call = self.path_in_model, super().__call__
-            return marked(call, self, path, is_norm, array, *args, **kwargs)
+            return marked(call, self, path, is_norm, array, args, kwargs)
 
     return Marking
 

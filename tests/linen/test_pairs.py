@@ -60,7 +60,7 @@ def check_folded(model, x, pairs, tolerance=1e-5):
 def resnet(x):
     x = nn.relu(FlaxNorm()(Conv((3, 3))(x)))
     y = nn.relu(FlaxNorm()(Conv((1, 1))(x)))
-    y = FlaxNorm()(nn.Conv(12, (3, 3), strides=2)(y))
+    y = FlaxNorm()(x=nn.Conv(12, (3, 3), strides=2)(inputs=y))
     return nn.relu(y + Norm()(nn.Conv(12, (1, 1), 2, use_bias=False)(x)))
 
 

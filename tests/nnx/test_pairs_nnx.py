@@ -38,7 +38,7 @@ class Block(nnx.Module):
 
     def __call__(self, x):
         y = nnx.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = self.norm2(x=self.conv2(inputs=y))
         return nnx.relu(y + (x if self.project is None else self.project(x)))
 
 
