@@ -1,10 +1,8 @@
 """Models with Flax's class under replace_batch_norm: the bits of models with ours."""
 
 import functools
-import warnings
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +25,6 @@ class Block(nn.Module):
     def __call__(self, x, _=None):
         y = nn.relu(self.norm()(nn.Dense(self.features, dtype=x.dtype)(x)))
         y = self.norm(scale_init=nn.initializers.constant(0.5))(y)
-        if y.shape != x.shape:
-            x = nn.Dense(self.features, dtype=x.dtype, name="proj")(x)
-            x = self.norm(name="norm_proj")(x)
         return nn.relu(x + y), None
 
 
@@ -45,15 +40,8 @@ class ResNet(nn.Module):
         options = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-4}
         norm = functools.partial(self.norm, dtype=self.dtype, **options)
         x = nn.Conv(4, (3, 3), dtype=self.dtype)(x.astype(self.dtype))
-        x, _ = self.block(6, norm)(nn.relu(norm(name="bn_init")(x)))
+        x, _ = self.block(4, norm)(nn.relu(norm(name="bn_init")(x)))
         return nn.Dense(3, dtype=self.dtype)(x.mean((1, 2)))
-
-
-OVER_LAYERS = {
-    "variable_axes": {"params": 0, "batch_stats": 0},
-    "split_rngs": {"params": True},
-}
-Deep = nn.scan(Block, length=3, **OVER_LAYERS)
 
 
 class Scanned(nn.Module):
@@ -62,19 +50,9 @@ class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
         norm = functools.partial(self.norm, use_running_average=not train)
-        return Deep(3, norm)(x, None)[0]
-
-
-class Vmapped(nn.Module):
-    """An ensemble, each with statistics of its own."""
-
-    norm: object
-
-    @nn.compact
-    def __call__(self, x, train=True):
-        norm = functools.partial(self.norm, use_running_average=not train)
-        wide = nn.vmap(Block, in_axes=None, axis_size=2, **OVER_LAYERS)
-        return wide(4, norm)(x)[0]
+        axes, split = {"params": 0, "batch_stats": 0}, {"params": True}
+        stack = nn.scan(Block, axes, split_rngs=split, length=3)
+        return stack(3, norm)(x, None)[0]
 
 
 class Setup(nn.Module):
@@ -93,17 +71,13 @@ class Setup(nn.Module):
 
 
 NETS = {
-    "resnet": ResNet,
     "bfloat16": functools.partial(ResNet, dtype=jnp.bfloat16),
-    "remat": functools.partial(ResNet, block=nn.remat(Block)),
     "jit": functools.partial(ResNet, block=nn.jit(Block)),
     "scan": Scanned,
-    "vmap": Vmapped,
     "setup": Setup,
     "jitted norm": lambda norm: ResNet(nn.jit(norm)),
     "remat norm": lambda norm: ResNet(nn.remat(norm)),
 }
-nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
 
 def draw(seed, shape=(4, 6, 6, 3)):
@@ -130,13 +104,15 @@ def train(model, variables, x):
 
 
 def steps(model):
-    """All that two steps give, and what inference gives then."""
-    variables, results = init(model), []
-    step = jax.jit(functools.partial(train, model))
-    for i in range(2):
-        results.append(step(variables, draw(i)))
-        variables = variables | results[-1][1][1]
-    return variables, results, model.apply(variables, draw(9), False)
+    """All that a training step gives, and what inference gives then."""
+
+    @jax.jit
+    def step_and_inference(variables, x):
+        results = train(model, variables, x)
+        variables = variables | results[1][1]
+        return results, variables, model.apply(variables, x, False)
+
+    return step_and_inference(init(model), draw(1))
 
 
 def distance(a, b):
@@ -144,24 +120,20 @@ def distance(a, b):
     return max(np.abs(x - y).max() for x, y in pairs)
 
 
-@nets
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 def test_swapped_and_edited_models_agree_to_the_bit(net):
     desired = steps(net(BatchNorm))
     with replace_batch_norm():
         actual = steps(net(nn.BatchNorm))
     assert_identical(actual, desired)
-    to_bytes = flax.serialization.to_bytes
-    assert to_bytes(actual[0]) == to_bytes(desired[0])
 
 
 @pytest.mark.parametrize(
     ("net", "changes", "function"),
     [
-        ("setup", {}, jax.jit(forward, static_argnums=0)),
         ("setup", {"ghost_batch_size": 2}, jax.jit(forward, static_argnums=0)),
         ("jit", {}, forward),
         ("jitted norm", {}, forward),
-        ("jitted norm", {}, jax.jit(forward, static_argnums=0)),
     ],
 )
 def test_old_traces_are_not_used(net, changes, function):
@@ -211,14 +183,12 @@ def test_it_acts_inside_a_jitted_function():
 
 def test_changes_are_those_fields_of_the_edited_model():
     changes = {"momentum": 0.5, "ghost_batch_size": 2, "running_variance": "unbiased"}
-    edited = Setup(functools.partial(BatchNorm, **changes))
-    with replace_batch_norm(**changes):
-        model = Setup(nn.BatchNorm)
-        assert_identical(steps(model), steps(edited))
+    model = Setup(nn.BatchNorm)
+    desired = steps(Setup(functools.partial(BatchNorm, **changes)))
     with replace_batch_norm(momentum=0.5, ghost_batch_size=4):
         with replace_batch_norm(running_variance="unbiased", ghost_batch_size=2):
-            assert_identical(steps(model), steps(edited))
-        assert distance(steps(model), steps(edited)) > 0
+            assert_identical(steps(model), desired)
+        assert distance(steps(model), desired) > 0
 
 
 def test_statistics_over_devices():
@@ -237,12 +207,11 @@ def test_statistics_over_devices():
     assert distance(step(model), desired) > 0
 
 
-@pytest.mark.parametrize("changes", [{"momentum": None}, {"debias": True}], ids=str)
-def test_a_change_that_counts_updates(changes):
+def test_a_change_that_counts_updates():
     model = Scanned(nn.BatchNorm)
-    edited = Scanned(functools.partial(BatchNorm, **changes))
+    edited = Scanned(functools.partial(BatchNorm, debias=True))
     old = init(model)
-    with replace_batch_norm(**changes):
+    with replace_batch_norm(debias=True):
         norms = init(model)["batch_stats"]["ScanBlock_0"]
         assert {norm["num_updates"].shape for norm in norms.values()} == {(3,)}
         assert_identical(steps(model), steps(edited))
@@ -279,15 +248,14 @@ def test_interceptors_see_each_call_once(order):
 
 
 def test_intermediates_are_captured_once():
-    model, x = ResNet(nn.BatchNorm), draw(1)
-    variables = init(model)
+    variables = init(Setup(nn.BatchNorm))
 
-    def apply(model):
-        mutable = ["batch_stats", "intermediates"]
-        return model.apply(variables, x, mutable=mutable, capture_intermediates=True)
+    def apply(norm):
+        capture = {"mutable": True, "capture_intermediates": True}
+        return Setup(norm).apply(variables, draw(1), **capture)
 
     with replace_batch_norm():
-        assert_identical(apply(model), apply(ResNet(BatchNorm)))
+        assert_identical(apply(nn.BatchNorm), apply(BatchNorm))
 
 
 def test_tabulate_shows_the_same_table():
@@ -320,7 +288,7 @@ def test_a_subclass_without_a_call_computes_as_ours():
         assert_identical(steps(Setup(Heir)), desired)
 
 
-@pytest.mark.parametrize("transform", [lambda cls: cls, nn.jit, nn.remat])
+@pytest.mark.parametrize("transform", [lambda cls: cls, nn.jit])
 def test_a_subclass_with_a_call_of_its_own_is_left_alone(transform):
     model, x = nn.Sequential([transform(OwnCall)()]), draw(1)
     variables = model.init(jax.random.key(0), x)
@@ -341,7 +309,7 @@ def tools(model, variables, **options):
     return new, rows, jaxbn.linen.weight_decay_mask(model, draw(0))
 
 
-@pytest.mark.parametrize("net", ["scan", "jitted norm", "jit"])
+@pytest.mark.parametrize("net", ["scan", "jitted norm"])
 def test_tools_take_flax_s_class_as_it_is(net):
     flax_s, edited = NETS[net](nn.BatchNorm), NETS[net](BatchNorm)
     variables = init(flax_s)
@@ -373,14 +341,15 @@ def test_a_model_without_batch_norm():
         nn.Dense(3).apply(variables, draw(0))
 
 
-@pytest.mark.parametrize("norm", [BatchNorm, BatchRenorm])
-def test_a_model_with_ours_is_fine(norm):
-    desired = init(Setup(norm))
-    with warnings.catch_warnings(), replace_batch_norm():
-        assert_identical(init(Setup(norm)), desired)
+def test_a_model_with_ours_is_fine():
+    with replace_batch_norm():  # without a warning
+        init(Setup(BatchRenorm))
 
 
 def test_an_error_inside_is_the_one_that_is_seen():
+    model, x = Setup(nn.BatchNorm), draw(1)
+    variables = init(model)
+    before = forward(model, variables, x)
     with pytest.raises(ZeroDivisionError), replace_batch_norm():
         1 / 0  # noqa: B018
-    assert distance(steps(Setup(nn.BatchNorm)), steps(Setup(BatchNorm))) > 0
+    assert_identical(forward(model, variables, x), before)

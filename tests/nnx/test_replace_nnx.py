@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import Orbax, assert_identical
+from checkpoints import assert_identical
 from flax import nnx
 
 import jaxbn.nnx
@@ -82,6 +82,9 @@ def train_step(model, optimizer, x):
     return y, grads
 
 
+infer = nnx.jit(lambda model, x: model(x))
+
+
 def adam(model):
     return nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -89,7 +92,7 @@ def adam(model):
 def steps(model, optimizer):
     """All that a training step and inference then give."""
     results = train_step(model, optimizer, draw(1))
-    y = nnx.view(model, use_running_average=True)(draw(9))
+    y = infer(nnx.view(model, use_running_average=True), draw(9))
     return results, y, nnx.state(model), nnx.state(optimizer)
 
 
@@ -101,7 +104,7 @@ def differ(a, b):
 # --- replace_batch_norm -------------------------------------------------------------
 
 
-def test_swapped_and_edited_models_agree_to_the_bit(tmp_path):
+def test_swapped_and_edited_models_agree_to_the_bit():
     """With an optimizer made before; what compiles is equal, too."""
     edited, model = net(BatchNorm), net()
     optimizer = adam(model)
@@ -117,17 +120,12 @@ def test_swapped_and_edited_models_agree_to_the_bit(tmp_path):
     actual = steps(model, optimizer)
     desired = steps(edited, adam(edited))
     assert_identical(actual, desired)
-    assert differ(net()(draw(1)), desired[0][0])  # not Flax's to begin with
-    Orbax.save(tmp_path / "c", nnx.to_pure_dict(nnx.state(model)))
-    abstract = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(net())))
-    restored = Orbax.restore(tmp_path / "c", abstract)
-    assert_identical(restored, nnx.to_pure_dict(desired[2]))
+    assert differ(infer(net(), draw(1)), desired[0][0])  # not Flax's to begin with
 
 
-@pytest.mark.parametrize("counting", [{"momentum": None}, {"debias": True}], ids=str)
-def test_changes(counting):
-    changes = {"use_running_average": None, "running_variance": "unbiased", **counting}
-    model, options = net(), {"momentum": 0.9, "epsilon": 1e-4, **changes}
+def test_changes():
+    changes = {"use_running_average": None, "running_variance": "unbiased"}
+    model, options = net(), {"momentum": None, "epsilon": 1e-4, **changes}
 
     def edited(features, rngs, **kwargs):
         return BatchNorm(features, rngs=rngs, **(kwargs | options))
@@ -181,17 +179,6 @@ def test_an_error_of_make_leaves_the_model_alone():
     assert nnx.graphdef(model) == before
 
 
-def test_a_model_of_shapes():
-    model = nnx.eval_shape(net)
-    replace_batch_norm(model, debias=True)
-    assert nnx.graphdef(model) == nnx.graphdef(nnx.eval_shape(lambda: swapped(net())))
-
-
-def swapped(model):
-    assert replace_batch_norm(model, debias=True)
-    return model
-
-
 class Heir(nnx.BatchNorm):
     def __init__(self, features, rngs, **kwargs):
         super().__init__(features, rngs=rngs, **kwargs)
@@ -235,12 +222,6 @@ def test_tools_take_flax_s_class_as_it_is():
     assert_identical(new, desired[0])
     assert (rows, mask) == desired[1:]
     assert len(rows) == len(PATHS)
-
-
-def test_tools_take_a_lone_batch_norm_of_flax():
-    norm, desired = (cls(3, rngs=nnx.Rngs(0)) for cls in (nnx.BatchNorm, BatchNorm))
-    assert_identical(tools(norm)[0], tools(desired)[0])
-    assert type(norm) is nnx.BatchNorm
 
 
 # --- update_statistics --------------------------------------------------------------
@@ -287,12 +268,3 @@ def test_train_does_not_set_it():
     model(draw(1))
     assert model.layers[0].mean[...].all()
     assert "update_statistics" in nnx.view_info(model)
-
-
-@pytest.mark.parametrize("value", [0, "no"])
-def test_update_statistics_is_a_python_bool(value):
-    norm = BatchNorm(3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="`update_statistics` must be"):
-        norm(draw(1), update_statistics=value)
-    with pytest.raises(TypeError, match="`update_statistics` must be"):
-        nnx.view(norm, update_statistics=value)(draw(1))
