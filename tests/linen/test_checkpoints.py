@@ -80,6 +80,10 @@ def infer(net, variables):
     return net.apply(variables, draw(100), False)
 
 
+def shapes_of(tree):
+    return jax.eval_shape(lambda: tree)
+
+
 @pytest.mark.parametrize(
     ("write", "read", "format_"),
     [
@@ -94,7 +98,7 @@ def infer(net, variables):
 def test_what_was_trained_is_restored_into_shapes(write, read, format_, tmp_path):
     variables = train(write, init(write))
     format_.save(tmp_path / "c", variables)
-    restored = format_.restore(tmp_path / "c", jax.eval_shape(lambda: init(read)))
+    restored = format_.restore(tmp_path / "c", shapes_of(init(read)))
     assert_identical(restored, variables)
     desired = infer(write, variables)
     assert np.abs(desired).max() > 1
@@ -108,7 +112,7 @@ def test_params_and_state(format_, tmp_path):
     half = jaxbn.init(4, use_bias=False, param_dtype=jnp.bfloat16)
     tree = {"norm": half, "complex": jaxbn.init((2, 3), param_dtype=jnp.complex64)}
     format_.save(tmp_path / "c", tree)
-    restored = format_.restore(tmp_path / "c", jax.eval_shape(lambda: tree))
+    restored = format_.restore(tmp_path / "c", shapes_of(tree))
     assert_identical(restored, tree)
     assert isinstance(restored["norm"][1], jaxbn.State)
 
@@ -127,7 +131,7 @@ def test_a_count_that_the_checkpoint_lacks(net, format_, tmp_path):
     """It is completed from a fresh `init`; all that was stored counts for inference."""
     variables = train(FLAX_S, init(FLAX_S))
     format_.save(tmp_path / "c", variables)
-    shapes = jax.eval_shape(lambda: init(net))
+    shapes = shapes_of(init(net))
     with pytest.raises(ValueError, match="num_updates"):
         format_.restore(tmp_path / "c", shapes)
     restored = format_.restore(tmp_path / "c")
