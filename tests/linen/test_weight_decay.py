@@ -83,13 +83,9 @@ MODELS = {
     "setup": (Setup(), {"shared": NORM, "blocks_0": MISNAMED, "blocks_1": NORM}),
     "stacks": (Stacks(), {"scanned": MISNAMED, "mapped": MISNAMED}),
     "jit": (nn.jit(Misnamed)(), MISNAMED),
-    "norm alone": (nn.BatchNorm(False), NORM),
     "heir": (Own(False), NORM | {"kernel": True}),
     "in one scope": (InOneScope(), NORM | {"kernel": True}),
-    "no scale": (BatchNorm(False, use_scale=False), {"bias": False}),
     "boxed": (BatchNorm(False, **BOXED), NORM),
-    "other norm": (nn.LayerNorm(), {"scale": True, "bias": True}),
-    "no parameters": (BatchNorm(False, use_scale=False, use_bias=False), {}),
 }
 
 

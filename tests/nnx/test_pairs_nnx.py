@@ -204,18 +204,6 @@ def test_dtypes_stay_as_they_are():
         assert fold(model, find_pairs(model, x))(x).dtype == model(x).dtype
 
 
-def test_bad_input():
-    x = jnp.ones((3, 4))
-    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="must have a BatchNorm; got none"):
-        find_pairs(model, x)
-    model = nnx.Sequential(*model.layers, BatchNorm(4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="arguments must be those of inference"):
-        find_pairs(model, x)
-    with pytest.raises(ValueError, match=r"pairs.*'layers/7', which has \[\]"):
-        fold(model, [("layers/7", "layers/1")])
-
-
 def test_load_torch_fills_a_model():
     """All arrays at their places, in Flax's layout; nothing if there is an error."""
     rng = np.random.default_rng(0)

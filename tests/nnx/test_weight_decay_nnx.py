@@ -67,13 +67,6 @@ def test_what_is_optimized():
     assert nnx.to_pure_dict(mask) == desired
 
 
-def test_a_norm_alone_and_none():
-    norm = BatchNorm(WIDTH, rngs=nnx.Rngs(0))
-    assert nnx.to_pure_dict(weight_decay_mask(norm)) == NORM
-    linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
-    assert nnx.to_pure_dict(weight_decay_mask(linear)) == LINEAR
-
-
 @nnx.jit
 def step(model, optimizer):
     optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
