@@ -99,9 +99,6 @@ def differ(a, b):
     return any((x != y).any() for x, y in pairs)
 
 
-# --- replace_batch_norm -------------------------------------------------------------
-
-
 def test_swapped_and_edited_models_agree_to_the_bit():
     """With an optimizer made before; what compiles is equal, too."""
     edited, model = net(BatchNorm), net()
@@ -123,23 +120,17 @@ def test_swapped_and_edited_models_agree_to_the_bit():
 
 def test_changes():
     changes = {"use_running_average": None, "running_variance": "unbiased"}
-    model, options = net(), {"momentum": None, "epsilon": 1e-4, **changes}
+    options = {"momentum": None, "epsilon": 1e-4, **changes}
 
     def edited(features, rngs, **kwargs):
         return BatchNorm(features, rngs=rngs, **(kwargs | options))
 
-    abstract = nnx.eval_shape(net)
-    replace_batch_norm(abstract, **options)
-    replace_batch_norm(model, **options)
-    assert nnx.graphdef(abstract) == nnx.graphdef(model)
-    assert model.scanned.norm.num_updates.shape == (3,)
-    model.train()
-    desired = net(edited)
-    desired.train()
-    assert nnx.graphdef(model) == nnx.graphdef(desired)
+    model, abstract, desired = net(), nnx.eval_shape(net), net(edited)
+    for each in (model, abstract):
+        replace_batch_norm(each, **options)
+        assert nnx.graphdef(each) == nnx.graphdef(desired)
     assert_identical(nnx.state(model), nnx.state(desired))
-    assert_identical(steps(model, adam(model)), steps(desired, adam(desired)))
-    assert model.scanned.norm.num_updates[...].tolist() == [1, 1, 1]
+    assert model.scanned.norm.num_updates[...].tolist() == [0, 0, 0]
 
 
 def test_a_stack_on_the_last_axis_has_no_count():
@@ -204,9 +195,6 @@ def test_either_changes_or_make():
         replace_batch_norm(net(), make=nnx.Sequential, momentum=0.9)
 
 
-# --- The tools ----------------------------------------------------------------------
-
-
 def tools(model):
     batches = [draw(1), draw(2)]
     layers = jaxbn.nnx.inspect_statistics(model, batches)
@@ -223,9 +211,6 @@ def test_tools_take_flax_s_class_as_it_is():
     assert_identical(new, desired[0])
     assert (rows, mask) == desired[1:]
     assert len(rows) == len(PATHS)
-
-
-# --- update_statistics --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [BatchNorm, BatchRenorm])
@@ -245,11 +230,8 @@ def test_statistics_stay_where_they_are_not_to_be_updated(cls):
     norm = nnx.view(view, update_statistics=True)
     norm(x)
     assert norm.num_updates[...] == 3
-
-
-def test_train_does_not_set_it():
-    model = nnx.Sequential(BatchNorm(3, rngs=nnx.Rngs(0)))
-    model.train(update_statistics=False)
-    model(draw(1))
-    assert model.layers[0].mean[...].all()
+    model = nnx.Sequential(norm)
+    model.train(update_statistics=False)  # is not heard
+    model(x)
+    assert norm.num_updates[...] == 4
     assert "update_statistics" in nnx.view_info(model)
