@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate
+from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate, weight_decay_mask
 
 pytestmark = pytest.mark.usefixtures("as_flax_wants")
 KEY = jax.random.key(0)
@@ -192,3 +192,18 @@ def test_boxed_statistics_stay_boxed():
     boxed = trained() | {"batch_stats": jax.tree.map(box, trained()["batch_stats"])}
     new = recalibrate(Net(), boxed, [X])["batch_stats"]
     assert_same(new, jax.tree.map(box, want), rtol=0)
+
+
+def test_blocks_with_one_trace_of_nn_jit():
+    """They are alike, and tools still see each of them."""
+
+    def model(block):
+        return nn.Sequential([nn.Dense(4), block(False), block(False)])
+
+    jitted, plain = model(nn.jit(BatchNorm)), model(BatchNorm)
+    variables = jax.jit(plain.init)(KEY, X)
+    new, want = (recalibrate(each, variables, [X]) for each in (jitted, plain))
+    assert_same(new, want, rtol=0)
+    assert weight_decay_mask(jitted, X) == weight_decay_mask(plain, X)
+    with pytest.raises(ValueError, match=r"the order of .*layers_2"):
+        recalibrate(jitted, variables, [X], sequential=True)

@@ -11,7 +11,7 @@ from flax.errors import ScopeCollectionNotFound
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxbn
-from jaxbn.linen import BatchNorm, BatchRenorm, find_pairs, folded
+from jaxbn.linen import BatchNorm, BatchRenorm, find_pairs, folded, replace_batch_norm
 
 P = functools.partial
 X = np.random.default_rng(1).normal(size=(2, 4, 4, 6)).astype(np.float32)
@@ -296,6 +296,12 @@ def test_the_arguments_of_the_call_are_handed_on():
     assert pairs == [DENSE]
     with pytest.raises(ValueError, match=r"inference; got .* `train=False`"):
         find_pairs(Net(), {"x": SHAPE}, width=3)
+
+
+def test_pairs_of_what_is_replaced():
+    model = Model(each(Dense, FlaxNorm))
+    with replace_batch_norm():
+        assert find_pairs(model, SHAPE) == [DENSE]
 
 
 def test_what_another_method_calls_is_named():

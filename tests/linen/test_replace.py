@@ -280,3 +280,11 @@ def test_a_model_without_batch_norm():
 def test_a_model_with_ours_is_fine():
     with replace_batch_norm():  # without a warning
         init(Setup(BatchRenorm))
+
+
+def test_a_model_that_nn_jit_has_traced_before_is_fine():
+    model = nn.Sequential([nn.jit(nn.BatchNorm)(False)])
+    variables = init(model)
+    for _ in range(2):
+        with replace_batch_norm(momentum=0.25):
+            forward(model, variables, draw(0))
