@@ -142,16 +142,8 @@ def test_without_data_layers_are_in_order(sound):
 
 
 def test_stack_names_layer_and_channel():
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return BatchNorm(use_running_average=True, name="norm")(x), None
-
-    axes, x = {"params": 0, "batch_stats": 0}, np.float32([[-1, -1], [1, 1]])
-    stack = nn.scan(Block, axes, split_rngs={"params": True}, length=3)()
-    variables = stack.init(jax.random.key(1), x, None)
-    variables["batch_stats"]["norm"]["mean"] = np.eye(3, 2, -1)
-    [found] = inspect_statistics(variables, stack, [(x, None)])
+    size, zeros, ones = np.full((3, 2), 9), np.zeros((3, 2)), np.ones((3, 2))
+    found = layer(np.eye(3, 2, -1), ones, data=(size, zeros, ones))
     assert found.worst_channel == (1, 0)
     assert found.num_features == 6
 

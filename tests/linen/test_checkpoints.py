@@ -15,7 +15,6 @@ import jaxbn
 from jaxbn.linen import BatchNorm, BatchRenorm
 
 pytestmark = pytest.mark.usefixtures("as_flax_wants")
-EXHAUSTIVE = pytest.mark.exhaustive
 
 
 class Net(nn.Module):
@@ -87,13 +86,12 @@ def shapes_of(tree):
 @pytest.mark.parametrize(
     ("write", "read", "format_"),
     [
-        pytest.param(FLAX_S, OURS, Orbax, id="of flax"),
-        pytest.param(OURS, FLAX_S, MessagePack, id="for flax"),
-        pytest.param(RENORM, RENORM, Orbax, id="renorm"),
-        pytest.param(DEBIAS, DEBIAS, MessagePack, id="debias"),
-        pytest.param(OURS, OURS, Orbax, marks=EXHAUSTIVE, id="plain"),
-        pytest.param(AVERAGE, AVERAGE, Orbax, marks=EXHAUSTIVE, id="average"),
+        (FLAX_S, OURS, Orbax),
+        (OURS, FLAX_S, MessagePack),
+        (RENORM, RENORM, Orbax),
+        (DEBIAS, DEBIAS, MessagePack),
     ],
+    ids=["of flax", "for flax", "renorm", "debias"],
 )
 def test_what_was_trained_is_restored_into_shapes(write, read, format_, tmp_path):
     variables = train(write, init(write))
@@ -117,11 +115,6 @@ def test_params_and_state(format_, tmp_path):
     assert isinstance(restored["norm"][1], jaxbn.State)
 
 
-def completed(net, restored):
-    """What notebooks/coming-from.md tells to write."""
-    return unflatten_dict(flatten_dict(init(net)) | flatten_dict(restored))
-
-
 @pytest.mark.parametrize(
     ("net", "format_"),
     [(DEBIAS, Orbax), (AVERAGE, MessagePack)],
@@ -135,7 +128,8 @@ def test_a_count_that_the_checkpoint_lacks(net, format_, tmp_path):
     with pytest.raises(ValueError, match="num_updates"):
         format_.restore(tmp_path / "c", shapes)
     restored = format_.restore(tmp_path / "c")
-    complete = completed(net, restored)
+    # As notebooks/coming-from.md tells to write:
+    complete = unflatten_dict(flatten_dict(init(net)) | flatten_dict(restored))
     assert jax.tree.structure(complete) == jax.tree.structure(shapes)
     assert complete["batch_stats"]["stack"]["num_updates"].tolist() == [0, 0, 0]
     assert_identical(infer(net, complete), infer(OURS, variables))
@@ -143,11 +137,3 @@ def test_a_count_that_the_checkpoint_lacks(net, format_, tmp_path):
     assert_identical(infer(net, restored), infer(OURS, variables))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, train(net, restored), train(net, complete))
-
-
-def test_a_count_that_is_not_wanted():
-    """Variables with counts serve modules without, Flax's too, as they are."""
-    variables = train(DEBIAS, init(DEBIAS))
-    desired = infer(DEBIAS, variables)
-    assert_identical(infer(OURS, variables), desired)
-    np.testing.assert_allclose(infer(FLAX_S, variables), desired, rtol=1e-6, atol=1e-6)

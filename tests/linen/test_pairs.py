@@ -173,10 +173,6 @@ FOLDED = {
         before(P(Conv, (3, 3), padding="VALID")),
         [pair("BatchNorm_0", "Conv_0", padding="VALID")],
     ),
-    "before groups": (
-        before(P(Conv, (1, 1), feature_group_count=3)),
-        [pair("BatchNorm_0", "Conv_0", padding="SAME")],
-    ),
     "transposed": (
         each(P(nn.ConvTranspose, 5, (2, 2), 2, transpose_kernel=True), Norm),
         [pair("ConvTranspose_0", "BatchNorm_0", features_axis=(-2,))],

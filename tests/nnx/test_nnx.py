@@ -35,11 +35,6 @@ def make(num_features, cls=BatchNorm, **kwargs):
     return cls(num_features, rngs=nnx.Rngs(0), **kwargs)
 
 
-def x_and_dy():
-    """A mean of 3 and a deviation of 2, and cotangents."""
-    return draw(8, 4, mean=3), draw(8, 4, seed=1)
-
-
 call = nnx.jit(lambda model, x: model(x))
 
 
@@ -278,24 +273,6 @@ class Block(nnx.Module):
         return nnx.tanh(self.norm(self.linear(x)))
 
 
-def test_grad():
-    """Of a loss that is random in y, against the oracle; statistics come along."""
-    x, dy = x_and_dy()
-    norm = make(4, momentum=0.0, scale_init=nnx.initializers.normal(1.0))
-
-    def loss(norm, x):
-        # The state is a constant to it, however large.
-        return (norm(x) * dy).sum() + 1e3 * (norm.mean[...] + norm.var[...]).sum()
-
-    argnums = (nnx.DiffState(0, nnx.Param), 1)
-    gradients, dx = nnx.jit(nnx.grad(loss, argnums=argnums))(norm, x)
-    desired = oracle.backward(dy, x, norm.scale[...])
-    got = dx, gradients["scale"][...], gradients["bias"][...]
-    for a, b in zip(got, desired, strict=True):
-        assert_close(a, b, x.dtype, 8)
-    assert_statistics(norm, x)
-
-
 def test_forward_mode():
     x = draw(8, 4)
     graphdef, state = nnx.split(make(4, derivative="jvp"))
@@ -358,30 +335,28 @@ def mesh_of(kind, **axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes))
 
 
-@pytest.mark.parametrize("use_running_average", [False, True])
-def test_explicit_mesh(use_running_average):
+@pytest.mark.parametrize("spec", [P(None, None), P("d", "e")], ids=str)
+def test_gradients_on_an_explicit_mesh(spec):
     """With sharded features, where Flax's module fails."""
-    x, dy = x_and_dy()
+    x, dy = draw(8, 4, mean=3), draw(8, 4, seed=1)
+    norm = make(4, momentum=0.0, scale_init=nnx.initializers.normal(1.0))
 
-    @nnx.jit
-    def step(norm, x, dy):
-        def loss(norm, x):
-            y = norm(x, use_running_average)
-            return (y * dy).sum(), y
+    def loss(norm, x, dy):
+        y = norm(x)
+        # The state is a constant to it, however large.
+        return (y * dy).sum() + 1e3 * (norm.mean[...] + norm.var[...]).sum(), y
 
-        argnums = (nnx.DiffState(0, nnx.Param), 1)
-        return nnx.grad(loss, argnums=argnums, has_aux=True)(norm, x)
-
-    want_norm, norm = make(4), make(4)
-    want = step(want_norm, x, dy)
+    argnums = (nnx.DiffState(0, nnx.Param), 1)
+    step = nnx.jit(nnx.grad(loss, argnums=argnums, has_aux=True))
     with jax.set_mesh(mesh_of(AxisType.Explicit, d=4, e=2)):
-        x, dy = (jax.device_put(a, P("d", "e")) for a in (x, dy))
-        got = step(norm, x, dy)
-    assert jax.typeof(got[1]).sharding.spec == P("d", "e")
-    close = functools.partial(assert_close, dtype=jnp.float32, n=8)
-    jax.tree.map(close, got, want)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, pure(norm), pure(want_norm))
+        (gradients, dx), y = step(norm, *(jax.device_put(a, spec) for a in (x, dy)))
+    assert jax.typeof(y).sharding.spec == spec
+    got = y, dx, gradients["scale"][...], gradients["bias"][...]
+    parts = norm.scale[...], norm.bias[...]
+    want = oracle.forward(x, *parts), *oracle.backward(dy, x, parts[0])
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, x.dtype, 8)
+    assert_statistics(norm, x)
 
 
 def test_metadata_shards_parameters():
