@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
 from jaxbn._axes import accumulation_dtype
@@ -141,12 +141,15 @@ def from_layer_like(
     }
 
 
-def debias_divisor(momentum: float, num_updates: ArrayLike) -> jax.Array:
+def debias_divisor(
+    momentum: float, num_updates: ArrayLike, dtype: DTypeLike
+) -> jax.Array:
     """Return 1 - momentum^t, the weight of t updates in an average that began at 0.
 
     It is rounded as in Haiku and Equinox, so that a conversion and back is exact.
     """
-    return 1 - jnp.power(jnp.float32(momentum), num_updates)
+    kept = jnp.asarray(momentum, accumulation_dtype(dtype))
+    return 1 - jnp.power(kept, num_updates)
 
 
 def refuse(needed: str, problems: Mapping[str, Sequence[str]]) -> None:

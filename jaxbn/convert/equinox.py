@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
+from jax.typing import DTypeLike
 
 from jaxbn._checks import kind
 from jaxbn._core.normalize import Params
@@ -51,7 +52,7 @@ def from_equinox(layer: Layer, layer_state: LayerState) -> tuple[Params, State]:
     """
     _, (mean, var, count) = _read(layer, layer_state)
     if layer.mode == "batch":
-        divisor = _divisor(layer, count)
+        divisor = _divisor(layer, count, mean.dtype)
         mean, var = mean / divisor, var / divisor
     else:
         count = 1 - int(count)  # Equinox keeps whether the next update is the first
@@ -97,7 +98,8 @@ def to_equinox(
     templates = {word: value for word, value in pairs if value is not None}
     new = from_layer_like(templates, params, state, WORDS, "`layer`")
     if layer.mode == "batch":
-        count, divisor = state.num_updates, _divisor(layer, state.num_updates)
+        count = state.num_updates
+        divisor = _divisor(layer, count, state.mean.dtype)
     else:
         count, divisor = state.num_updates == 0, 1
     # A copy, since `set` makes the state that it is called on unusable.
@@ -132,6 +134,6 @@ def _read(
         ) from error
 
 
-def _divisor(layer: Layer, count: jax.Array) -> jax.Array | int:
+def _divisor(layer: Layer, count: jax.Array, dtype: DTypeLike) -> jax.Array | int:
     """Return what Equinox's inference divides its averages by, in mode "batch"."""
-    return debias_divisor(layer.momentum, count) if count else 1
+    return debias_divisor(layer.momentum, count, dtype) if count else 1

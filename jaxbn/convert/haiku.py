@@ -112,7 +112,7 @@ def to_haiku(
     arrays = from_layer_like(squeezed, params, state, WORDS, _named(name))
     arrays = {word: a.reshape(templates[word].shape) for word, a in arrays.items()}
     learned = {word: arrays[word] for word in WORDS[:2] if word in arrays}
-    divisor = debias_divisor(decay_rate, state.num_updates)
+    divisor = debias_divisor(decay_rate, state.num_updates, state.mean.dtype)
     averages = {
         path: {
             "hidden": arrays[word] * divisor,
