@@ -28,6 +28,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if "JAXBN_GUESS" in os.environ:
     guess.force()
 
+
+@pytest.fixture
+def as_flax_wants():
+    """Flax's classes broadcast ranks, and promote dtypes."""
+    promotion = jax.numpy_dtype_promotion("standard")
+    with jax.numpy_rank_promotion("allow"), promotion:
+        yield
+
+
 QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.
 OPTIMIZED = {

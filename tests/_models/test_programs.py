@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import compilations
@@ -31,8 +30,7 @@ class Net(nn.Module):
     def __call__(self, x, factor=1.0, shift=None, function=abs):
         x = jaxbn.linen.BatchNorm(True, epsilon=self.epsilon)(x)
         x = function(x) * factor + (0 if shift is None else shift)
-        if self.field is not None:
-            x = x * jnp.asarray(self.field[0], x.dtype)
+        x = x if self.field is None else x * self.field[0]
         return jaxbn.linen.BatchNorm(True)(x)
 
     def named(self, x):
@@ -40,15 +38,12 @@ class Net(nn.Module):
 
 
 class NnxNet(nnx.Module):
-    def __init__(self, field=None):
+    def __init__(self):
         self.first = jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
         self.second = jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-        self.field = field
 
     def __call__(self, x, factor=1.0, shift=None, function=abs):
         x = function(self.first(x)) * factor + (0 if shift is None else shift)
-        if self.field is not None:
-            x = x * jnp.asarray(self.field.value[0], x.dtype)
         return self.second(x)
 
 
@@ -104,10 +99,9 @@ def test_what_changes_compiles_and_is_right(make):
     assert not compiled
 
 
-@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-def test_a_function_compiles_anew(make):
+def test_a_function_compiles_anew():
     """It may hold what changes."""
-    recalibrate, held = make(), [1.0]
+    recalibrate, held = linen_tool(Net()), [1.0]
 
     def function(x):
         return abs(x) * held[0]
@@ -141,22 +135,11 @@ def test_a_hyperparameter_of_nnx():
     assert not compiled
 
 
-@pytest.mark.parametrize("field", [[2.0], {0: 2.0}, jnp.array([2.0])], ids=str)
-def test_a_linen_model_that_cannot_be_hashed(field):
+def test_a_model_that_cannot_be_hashed():
+    field = [1.0]
     recalibrate = linen_tool(Net(field))
-    for _ in range(2):
-        expect(recalibrate(), factor=2.0)
-
-
-class Unhashable(SimpleNamespace):
-    __hash__ = None
-
-
-def test_an_nnx_model_that_cannot_be_hashed():
-    net = NnxNet(nnx.static(Unhashable(value=[2.0])))
-    recalibrate = nnx_tool(net)
-    for net.field.value[0] in (2.0, 3.0):
-        expect(recalibrate(), factor=net.field.value[0])
+    for field[0] in (2.0, 3.0):
+        expect(recalibrate(), factor=field[0])
 
 
 @pytest.mark.parametrize("hold", [Net, NnxNet])
@@ -182,12 +165,12 @@ def test_options_that_compare_equal_are_told_apart():
 
     class Scaled(nn.Module):
         @nn.compact
-        def __call__(self, x, factor=1):
+        def __call__(self, x, factor):
             x = x * (100.0 if isinstance(factor, bool) else 1.0)
-            return jaxbn.linen.BatchNorm(use_running_average=True)(x)
+            return jaxbn.linen.BatchNorm(True)(x)
 
-    model, x = Scaled(), jnp.arange(20.0).reshape(10, 2)
-    variables = model.init(jax.random.key(0), x)
-    for factor, mean in ((1, 9), (True, 900), (1.0, 9), (True, 900)):
-        new = jaxbn.linen.recalibrate(model, variables, [x], factor=factor)
-        assert new["batch_stats"]["BatchNorm_0"]["mean"][0] == mean
+    variables = Scaled().init(jax.random.key(0), X, 1)
+    for factor, size in ((1, 1), (True, 100), (1.0, 1), (True, 100)):
+        new = jaxbn.linen.recalibrate(Scaled(), variables, [X], factor=factor)
+        mean = new["batch_stats"]["BatchNorm_0"]["mean"]
+        np.testing.assert_allclose(mean, size * X.mean(0), rtol=1e-5)

@@ -6,153 +6,130 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.linen import BatchNorm, BatchRenorm, inspect_statistics, recalibrate
+from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate, weight_decay_mask
+
+pytestmark = pytest.mark.usefixtures("as_flax_wants")
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(3, 2, (60, 5)).astype(np.float32)
+LAYERS = [f"BatchNorm_{i}" for i in range(3)]
 
 
 class Net(nn.Module):
     """Three layers of batch norm; the later ones come after earlier ones."""
 
-    norm: type = BatchNorm
-
     @nn.compact
-    def __call__(self, x, train, mask=None):
+    def __call__(self, x, train=True, mask=None):
         for width in (8, 6, 4):
             x = nn.Dense(width)(x)
-            x = nn.tanh(self.norm(not train, momentum=0.5)(x, mask=mask))
+            x = nn.tanh(BatchNorm(not train, momentum=0.5)(x, mask=mask))
         return x
 
 
-LAYERS = [f"BatchNorm_{i}" for i in range(3)]
+class JittedNet(nn.Module):
+    """nn.jit runs a module once and keeps what came out: tools must run it anew."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.jit(Net)(name="net")(x)
 
 
-@pytest.fixture
+@functools.cache
 def trained():
-    """A net whose running statistics are far from those of the data."""
-    with jax.numpy_rank_promotion("allow"):
-        x = jax.random.normal(jax.random.key(0), (60, 5)) * 2 + 3
-        variables = Net().init(jax.random.key(1), x, train=True)
-        stats = jax.tree.map(
-            lambda a: jax.random.uniform(jax.random.key(2), a.shape, minval=0.5),
-            variables["batch_stats"],
-        )
-        yield x, variables | {"batch_stats": stats}
-
-
-def by_hand(x, variables, upto, mask=None):
-    """The input of layer `upto`, in float64, with the running statistics before it."""
-    x = np.asarray(x, np.float64)
-    for i in range(upto + 1):
-        dense = variables["params"][f"Dense_{i}"]
-        x = x @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"])
-        if i < upto:
-            stats = variables["batch_stats"][LAYERS[i]]
-            params = variables["params"][LAYERS[i]]
-            static = {"mask": mask}
-            x = np.tanh(
-                oracle.normalize(
-                    x,
-                    stats["mean"],
-                    stats["var"],
-                    *(params[k] for k in ("scale", "bias")),
-                    **static,
-                )
-            )
-    return x
-
-
-def check_layer(x, variables, i, mask=None, rtol=1e-5):
-    _, mean, var = oracle.moments(by_hand(x, variables, i, mask), mask=mask)
-    got = variables["batch_stats"][LAYERS[i]]
-    np.testing.assert_allclose(got["mean"], mean, rtol=rtol, atol=rtol)
-    np.testing.assert_allclose(got["var"], var, rtol=rtol)
-
-
-def test_one_batch_gives_its_moments_at_every_layer(trained):
-    x, variables = trained
-    one = recalibrate(Net(), variables, [x], train=True)
-    for i in range(3):
-        check_layer(x, one, i)
-    assert jax.tree.structure(one) == jax.tree.structure(variables)
-    jax.tree.map(np.testing.assert_array_equal, one["params"], variables["params"])
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_one_pass_is_exact_before_the_first_batch_norm_for_any_split(trained, train):
-    x, variables = trained
-    unequal = [x[:7], x[7:10], x[10:]]
-    check_layer(x, recalibrate(Net(), variables, unequal, train=train), 0)
-
-
-@pytest.mark.parametrize("cuts", [[60], [7, 10, 60], [30, 60], [1, 2, 60]])
-def test_sequential_is_exact_at_every_layer_for_any_split(trained, cuts):
-    x, variables = trained
-    split = [x[i:j] for i, j in zip([0, *cuts], cuts, strict=False)]
-    got = recalibrate(Net(), variables, split, sequential=True, train=True)
-    for i in range(3):
-        check_layer(x, got, i)
-
-
-def test_masks_and_keyword_batches(trained):
-    x, variables = trained
-    mask = np.arange(60)[:, None] % 4 > 0
-    x = jnp.where(mask, x, jnp.nan)
-    split = [{"x": x[s], "mask": mask[s]} for s in (np.s_[:9], np.s_[9:])]
-    got = recalibrate(Net(), variables, split, sequential=True, train=False)
-    for i in range(3):
-        check_layer(jnp.where(mask, x, 0), got, i, mask)
-
-
-def test_large_means(trained):
-    x = trained[0] + 1e4
-    got = recalibrate(
-        BatchNorm(True), BatchNorm(True).init(jax.random.key(0), x), [x[:7], x[7:]]
+    """Variables whose running statistics are far from those of the data."""
+    variables = jax.jit(Net().init)(KEY, X)
+    rng = np.random.default_rng(1)
+    stats = jax.tree.map(
+        lambda a: rng.uniform(0.5, 1, a.shape).astype(a.dtype), variables["batch_stats"]
     )
-    _, mean, var = oracle.moments(x)
-    np.testing.assert_allclose(got["batch_stats"]["mean"], mean, rtol=1e-6)
-    np.testing.assert_allclose(got["batch_stats"]["var"], var, rtol=1e-3)
+    return variables | {"batch_stats": stats}
 
 
-def test_sharded_batches(trained):
-    x, variables = trained
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
-    sharded = jax.device_put(x, NamedSharding(mesh, P("d")))
-    got = recalibrate(Net(), variables, [sharded], train=True)
-    want = recalibrate(Net(), variables, [x], train=True)
+def split(*cuts):
+    return [X[i:j] for i, j in zip((0, *cuts), (*cuts, len(X)), strict=True)]
+
+
+def check_layers(variables, numbers=(0, 1, 2), x=X, mask=None):
+    """Of `Net`; in float64, with the new running statistics of the layers before."""
+    h = np.asarray(x, np.float64)
+    for i, name in enumerate(LAYERS):
+        dense, norm = (variables["params"][key] for key in (f"Dense_{i}", name))
+        h = h @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"])
+        stats = variables["batch_stats"][name]
+        if i in numbers:
+            _, mean, var = oracle.moments(h, mask=mask)
+            np.testing.assert_allclose(stats["mean"], mean, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(stats["var"], var, rtol=1e-5)
+        vectors = stats["mean"], stats["var"], norm["scale"], norm["bias"]
+        h = np.tanh(oracle.normalize(h, *vectors, mask=mask))
+
+
+def assert_same(actual, desired, **tolerance):
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want
+        functools.partial(np.testing.assert_allclose, **tolerance), actual, desired
     )
+
+
+def test_one_batch_gives_its_moments_at_every_layer():
+    new = recalibrate(Net(), trained(), [X])
+    check_layers(new)
+    assert jax.tree.structure(new) == jax.tree.structure(trained())
+    assert_same(new["params"], trained()["params"], rtol=0)
+
+
+def test_one_pass_is_exact_before_the_first_batch_norm_for_any_split():
+    check_layers(recalibrate(Net(), trained(), split(7, 10), train=False), [0])
+
+
+def test_sequential_is_exact_at_every_layer_for_any_split():
+    check_layers(recalibrate(Net(), trained(), split(1, 10), sequential=True))
+
+
+def test_masks_and_keyword_batches():
+    mask = np.arange(60)[:, None] % 4 > 0
+    x = jnp.where(mask, X, jnp.nan)
+    batches = [{"x": x[s], "mask": mask[s]} for s in (np.s_[:9], np.s_[9:])]
+    new = recalibrate(Net(), trained(), batches, sequential=True, train=False)
+    check_layers(new, x=jnp.where(mask, X, 0), mask=mask)
+
+
+def test_large_means_and_features_with_nothing_to_count():
+    """Features that are masked, or not finite, keep their statistics."""
+    x, mask = X + 1e4, np.arange(5) != 0
+    x[0, 1] = np.nan
+    norm = BatchNorm(True)
+    batches = [{"x": x[s], "mask": mask} for s in (np.s_[:9], np.s_[9:])]
+    new = recalibrate(norm, norm.init(KEY, x), batches)["batch_stats"]
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_array_equal(new["mean"][:2], 0)
+    np.testing.assert_array_equal(new["var"][:2], 1)
+    np.testing.assert_allclose(new["mean"][2:], mean[2:], rtol=1e-6)
+    np.testing.assert_allclose(new["var"][2:], var[2:], rtol=1e-3)
+
+
+def test_sharded_batches():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(X, NamedSharding(mesh, P("d")))
+    check_layers(recalibrate(Net(), trained(), [sharded]))
 
 
 def test_a_stack_of_layers_in_a_scan():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            return nn.tanh(BatchNorm(True)(nn.Dense(4)(x))) * 2 + 1, None
+            return nn.tanh(BatchNorm(True)(nn.Dense(5)(x))) * 2 + 1, None
 
-    class Stack(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            scan = nn.scan(
-                Block,
-                variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True},
-                length=3,
-            )
-            return scan()(x, None)[0]
-
-    with jax.numpy_rank_promotion("allow"):
-        x = jax.random.normal(jax.random.key(0), (40, 4))
-        variables = Stack().init(jax.random.key(1), x)
-        got = recalibrate(Stack(), variables, [x[:9], x[9:]], sequential=True)
-    stats = got["batch_stats"]["ScanBlock_0"]["BatchNorm_0"]
-    dense = got["params"]["ScanBlock_0"]["Dense_0"]
-    h = np.asarray(x, np.float64)
+    axes = {"params": 0, "batch_stats": 0}
+    model = nn.scan(Block, axes, split_rngs={"params": True}, length=3)()
+    batches = [(x, None) for x in split(9)]
+    variables = jax.jit(model.init)(KEY, X, None)
+    new = recalibrate(model, variables, batches, sequential=True)
+    stats, dense = new["batch_stats"]["BatchNorm_0"], new["params"]["Dense_0"]
+    h = np.asarray(X, np.float64)
     for i in range(3):
         h = h @ np.asarray(dense["kernel"][i]) + np.asarray(dense["bias"][i])
         _, mean, var = oracle.moments(h)
@@ -161,7 +138,7 @@ def test_a_stack_of_layers_in_a_scan():
         h = np.tanh(oracle.normalize(h, mean, var)) * 2 + 1
 
 
-def test_a_layer_called_twice_gets_both(trained):
+def test_a_layer_called_twice_gets_both():
     class Twice(nn.Module):
         def setup(self):
             self.norm = BatchNorm(True)
@@ -169,122 +146,64 @@ def test_a_layer_called_twice_gets_both(trained):
         def __call__(self, x):
             return self.norm(x[:, :2]) + self.norm(x[:, 2:4] + 1)
 
-    x, _ = trained
-    variables = Twice().init(jax.random.key(0), x)
-    got = recalibrate(Twice(), variables, [x])["batch_stats"]["norm"]
-    both = np.concatenate([x[:, :2], x[:, 2:4] + 1])
-    np.testing.assert_allclose(got["mean"], both.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(got["var"], both.var(0), rtol=1e-5)
-
-
-def test_averaged_parameters(trained):
-    x, variables = trained
-    ema = optax.ema(0.5)
-    state = ema.init(variables["params"])
-    with jax.numpy_dtype_promotion("standard"):
-        for scale in (1.0, 3.0):
-            params = jax.tree.map(lambda p, scale=scale: p * scale, variables["params"])
-            averaged, state = ema.update(params, state)
-    variables = variables | {"params": averaged}
-    check_layer(x, recalibrate(Net(), variables, [x], train=False), 0)
-
-
-def test_features_with_nothing_finite_keep_their_statistics(trained):
-    x, _ = trained
-    norm = BatchNorm(True)
-    variables = norm.init(jax.random.key(0), x)
-    got = recalibrate(norm, variables, [x.at[0, 1].set(jnp.nan)])["batch_stats"]
-    assert got["mean"][1] == 0
-    assert got["var"][1] == 1
-    np.testing.assert_allclose(got["mean"][2:], x.mean(0)[2:], rtol=1e-5)
+    new = recalibrate(Twice(), Twice().init(KEY, X), [X])["batch_stats"]["norm"]
+    both = np.concatenate([X[:, :2], X[:, 2:4] + 1])
+    np.testing.assert_allclose(new["mean"], both.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(new["var"], both.var(0), rtol=1e-5)
 
 
 def test_update_counts_stay():
-    x = jnp.eye(6, 3)
     norm = BatchRenorm(False)
-    variables = norm.init(jax.random.key(0), x)
-    _, updates = norm.apply(variables, x, mutable=["batch_stats"])
-    got = recalibrate(norm, variables | updates, [x])["batch_stats"]
-    assert got["num_updates"] == 1
-    np.testing.assert_allclose(got["mean"], x.mean(0), rtol=1e-6)
+    variables = norm.init(KEY, X)
+    _, updates = norm.apply(variables, X, mutable=["batch_stats"])
+    new = recalibrate(norm, variables | updates, [X])["batch_stats"]
+    assert new["num_updates"] == 1
+    np.testing.assert_allclose(new["mean"], X.mean(0), rtol=1e-6)
 
 
-def test_progress(trained, capsys):
-    x, variables = trained
-    recalibrate(Net(), variables, [x, x], progress=True, train=True)
+def test_progress(capsys):
+    recalibrate(Net(), trained(), [X, X], progress=True)
     assert "recalibrating" in capsys.readouterr().out
 
 
-def test_errors(trained):
-    x, variables = trained
-    with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
-        recalibrate(Net(), variables, [], train=True)
+def test_errors():
     with pytest.raises(TypeError, match=r"`batches` must be re-iterable.*generator"):
-        recalibrate(Net(), variables, (b for b in [x]), sequential=True, train=True)
+        recalibrate(Net(), trained(), (b for b in [X]), sequential=True)
     with pytest.raises(ValueError, match="`model` must call a BatchNorm;"):
-        recalibrate(nn.Sequential([jnp.tanh]), variables, [x])
+        recalibrate(nn.Sequential([jnp.tanh]), trained(), [X])
+    for one_row in (X, [X[:-1], X[-1:]]):  # each row of x, in place of [x]
+        with pytest.raises(ValueError, match=r"each of `batches` needs more than one"):
+            recalibrate(Net(), trained(), one_row)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_model_in_a_jit(trained, sequential):
-    """nn.jit runs a module once and keeps what came out: here it must run each time."""
-
-    class Evaluated(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return Net(name="net")(x, train=False)
-
-    x, variables = trained
-    variables = {name: {"net": tree} for name, tree in variables.items()}
-    model, split = nn.jit(Evaluated)(), [x[:30], x[30:]]
-    for data in (split, split, [2 * batch for batch in split]):
-        got = recalibrate(model, variables, data, sequential=sequential)
-        want = recalibrate(Evaluated(), variables, data, sequential=sequential)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want
-        )
+def test_a_model_in_a_jit(sequential):
+    variables = {name: {"net": tree} for name, tree in trained().items()}
+    for batches in (split(30), split(30), [2 * batch for batch in split(30)]):
+        new = recalibrate(JittedNet(), variables, batches, sequential=sequential)
+        want = recalibrate(Net(), trained(), batches, sequential=sequential)
+        for name, tree in want.items():
+            assert_same(new[name]["net"], tree, rtol=1e-5)
 
 
-@pytest.mark.parametrize("measure", ["recalibrate", "inspect_statistics"])
-def test_batches_of_one_are_refused(trained, measure):
-    """Such a batch is normalized to nothing, and later layers would get a variance 0.
-
-    So is every row of x, given in place of [x].
-    """
-    x, variables = trained
-    run = {
-        "recalibrate": lambda data: recalibrate(Net(), variables, data, train=True),
-        "inspect_statistics": lambda data: inspect_statistics(
-            variables, Net(), data, train=True
-        ),
-    }[measure]
-    for data in (x, [x[:-1], x[-1:]]):
-        with pytest.raises(ValueError, match=r"each of `batches` needs more than one"):
-            run(data)
-
-
-def test_batches_of_one_are_exact_in_turn(trained):
-    x, variables = trained
-    split = [x[:-1], x[-1:]]
-    got = recalibrate(Net(), variables, split, sequential=True, train=True)
-    for i in range(3):
-        check_layer(x, got, i)
-
-
-def test_boxed_statistics_stay_boxed(trained):
-    x, variables = trained
-    want = recalibrate(Net(), variables, [x], train=True)["batch_stats"]
+def test_boxed_statistics_stay_boxed():
+    want = recalibrate(Net(), trained(), [X])["batch_stats"]
     box = functools.partial(nn.Partitioned, names=("features",))
-    boxed = variables | {"batch_stats": jax.tree.map(box, variables["batch_stats"])}
-    got = recalibrate(Net(), boxed, [x], train=True)["batch_stats"]
-    jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(box, want))
+    boxed = trained() | {"batch_stats": jax.tree.map(box, trained()["batch_stats"])}
+    new = recalibrate(Net(), boxed, [X])["batch_stats"]
+    assert_same(new, jax.tree.map(box, want), rtol=0)
 
 
-def test_a_feature_that_nothing_was_counted_for_keeps_its_statistics():
-    x = jnp.arange(12.0).reshape(6, 2)
-    mask = jnp.array([True, False])[None]
-    norm = BatchNorm(use_running_average=True)
-    variables = norm.init(jax.random.key(0), x)
-    new = recalibrate(norm, variables, [{"x": x, "mask": mask}])["batch_stats"]
-    np.testing.assert_allclose(new["mean"], [5, 0])
-    np.testing.assert_allclose(new["var"], [x[:, 0].var(), 1], rtol=1e-6)
+def test_blocks_with_one_trace_of_nn_jit():
+    """They are alike, and tools still see each of them."""
+
+    def model(block):
+        return nn.Sequential([nn.Dense(4), block(False), block(False)])
+
+    jitted, plain = model(nn.jit(BatchNorm)), model(BatchNorm)
+    variables = jax.jit(plain.init)(KEY, X)
+    new, want = (recalibrate(each, variables, [X]) for each in (jitted, plain))
+    assert_same(new, want, rtol=0)
+    assert weight_decay_mask(jitted, X) == weight_decay_mask(plain, X)
+    with pytest.raises(ValueError, match=r"the order of .*layers_2"):
+        recalibrate(jitted, variables, [X], sequential=True)

@@ -1,12 +1,9 @@
-"""weight_decay_mask: batch norms by class, whatever they are called; optax obeys."""
+"""weight_decay_mask: batch norms by class, whatever they are called."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-from flax.traverse_util import flatten_dict
 
 from jaxbn.linen import BatchNorm, BatchRenorm, weight_decay_mask
 
@@ -84,13 +81,9 @@ MODELS = {
     "setup": (Setup(), {"shared": NORM, "blocks_0": MISNAMED, "blocks_1": NORM}),
     "stacks": (Stacks(), {"scanned": MISNAMED, "mapped": MISNAMED}),
     "jit": (nn.jit(Misnamed)(), MISNAMED),
-    "norm alone": (nn.BatchNorm(False), NORM),
     "heir": (Own(False), NORM | {"kernel": True}),
     "in one scope": (InOneScope(), NORM | {"kernel": True}),
-    "no scale": (BatchNorm(False, use_scale=False), {"bias": False}),
     "boxed": (BatchNorm(False, **BOXED), NORM),
-    "other norm": (nn.LayerNorm(), {"scale": True, "bias": True}),
-    "no parameters": (BatchNorm(False, use_scale=False, use_bias=False), {}),
 }
 
 
@@ -98,24 +91,11 @@ MODELS = {
 def test_batch_norms_alone_are_spared(name):
     model, desired = MODELS[name]
     x = jnp.ones(SHAPES.shape)
-    params = model.init(jax.random.key(0), x).get("params", {})
+    params = jax.eval_shape(model.init, jax.random.key(0), x).get("params", {})
     for _ in range(2):  # nn.jit remembers, and must be seen through every time
         assert weight_decay_mask(model, SHAPES) == desired
         assert weight_decay_mask(model, x) == desired
     assert jax.tree.structure(desired) == jax.tree.structure(nn.unbox(params))
-
-
-def test_names_would_mislead():
-    """What masks by name make of the same model, so that it is worth the trouble."""
-    params = flatten_dict(Misnamed().init(jax.random.key(0), jnp.ones(SHAPES.shape)))
-    desired = flatten_dict({"params": MISNAMED})
-    for by_name in (
-        lambda path: path[-1] not in ("scale", "bias"),
-        lambda path: "BatchNorm" not in path[-2],
-        lambda path: "scale" not in path,
-    ):
-        mask = {path: by_name(path) for path in params if path[0] == "params"}
-        assert mask != desired
 
 
 def test_arguments_are_those_of_init():
@@ -134,9 +114,8 @@ def test_arguments_are_those_of_init():
 
     mask = weight_decay_mask(Branches(), SHAPES, True, train=False)
     assert mask == {"Dense_0": DENSE, "BatchNorm_0": NORM}
-    assert weight_decay_mask(Branches(), SHAPES, False, train=True) == {
-        "Dense_0": DENSE
-    }
+    mask = weight_decay_mask(Branches(), SHAPES, False, train=True)
+    assert mask == {"Dense_0": DENSE}
     batch = {"a": SHAPES, "b": SHAPES}
     assert weight_decay_mask(Branches(), batch, method="encode") == {"norm": NORM}
 
@@ -146,65 +125,3 @@ def test_nothing_is_computed():
     wide = jax.ShapeDtypeStruct((2, 2**20), jnp.float32)
     model = nn.Sequential([nn.Dense(2**20), BatchNorm(use_running_average=False)])
     assert weight_decay_mask(model, wide) == {"layers_0": DENSE, "layers_1": NORM}
-
-
-def test_what_is_no_linen_module():
-    with pytest.raises(TypeError, match=r"`model` must be a flax.linen.Module; got di"):
-        weight_decay_mask({"params": {}}, SHAPES)
-
-
-def random_like(tree, seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.float32(rng.uniform(0.5, 1.5, a.shape)), tree)
-
-
-def params_after(optimizer, params, gradients):
-    """After three steps; not jitted, as XLA may round each program in its own way."""
-    state = optimizer.init(params)
-    with jax.numpy_dtype_promotion("standard"):  # for optax
-        for _ in range(3):
-            updates, state = optimizer.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-    return params
-
-
-OPTIMIZERS = {
-    "adamw": lambda decay, mask: optax.adamw(0.1, weight_decay=decay, mask=mask),
-    "masked": lambda decay, mask: optax.chain(
-        optax.masked(optax.add_decayed_weights(decay), mask), optax.sgd(0.1)
-    ),
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("name", ["misnamed", "setup", "stacks", "jit"])
-def test_steps_with_optax(name, optimizer):
-    """Bit for bit, a spared parameter moves as without decay, the others as with it."""
-    model, desired = MODELS[name]
-    mask = weight_decay_mask(model, SHAPES)
-    params = jax.eval_shape(model.init, jax.random.key(0), SHAPES)["params"]
-    params, gradients = random_like(params, 0), random_like(params, 1)
-    everything = jax.tree.map(lambda _: True, params)
-    moved = params_after(optimizer(0.5, mask), params, gradients)
-    decayed = params_after(optimizer(0.5, everything), params, gradients)
-    spared = params_after(optimizer(0.0, everything), params, gradients)
-    wanted = jax.tree.map(lambda m, a, b: a if m else b, desired, decayed, spared)
-    jax.tree.map(np.testing.assert_array_equal, moved, wanted)
-    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, decayed, spared)))
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_decay_without_gradient(optimizer):
-    """Three steps of rate 0.1 and decay 0.5: all but the norm shrink by 0.95 each."""
-    model, desired = MODELS["misnamed"]
-    params = jax.eval_shape(model.init, jax.random.key(0), SHAPES)["params"]
-    params = random_like(params, 0)
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    moved = params_after(
-        optimizer(0.5, weight_decay_mask(model, SHAPES)), params, nothing
-    )
-    for path, param in flatten_dict(params).items():
-        factor = 0.95**3 if flatten_dict(desired)[path] else 1
-        np.testing.assert_allclose(
-            flatten_dict(moved)[path], factor * param, rtol=4e-7 * (factor != 1)
-        )

@@ -18,28 +18,14 @@ from jaxbn.nnx import (
 EPSILON = {"epsilon": 1e-5}
 
 
-def conv(inputs, outputs, size, rngs, **options):
-    return nnx.Conv(inputs, outputs, (size, size), use_bias=False, rngs=rngs, **options)
-
-
 class Block(nnx.Module):
-    """A residual block, as in any NNX ResNet."""
-
-    def __init__(self, inputs, features, strides, rngs):
-        self.conv1 = conv(inputs, features, 3, rngs, strides=strides)
-        self.norm1 = nnx.BatchNorm(features, rngs=rngs)
-        self.conv2 = conv(features, features, 3, rngs)
-        self.norm2 = BatchNorm(features, rngs=rngs)
-        self.project = nnx.data(None)
-        if strides > 1:
-            parts = conv(inputs, features, 1, rngs, strides=strides)
-            norm = BatchRenorm(features, rngs=rngs)
-            self.project = nnx.Sequential(parts, norm)
+    def __init__(self, norm, inputs, outputs, rngs):
+        size = (3, 3)
+        self.conv = nnx.Conv(inputs, outputs, size, use_bias=False, rngs=rngs)
+        self.norm = norm(outputs, rngs=rngs)
 
     def __call__(self, x):
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(x=self.conv2(inputs=y))
-        return nnx.relu(y + (x if self.project is None else self.project(x)))
+        return nnx.relu(self.norm(x=self.conv(inputs=x)))
 
 
 @nnx.jit
@@ -47,24 +33,21 @@ def call(module, x):
     return module(x)
 
 
-class ResNet(nnx.Module):
+class ConvNet(nnx.Module):
     """Modules in lists, dicts and tuples; one block is jitted, one rematerialized."""
 
     def __init__(self, rngs):
         self.pixels = nnx.data(jnp.full((1, 1, 1, 3), 0.1))  # an array as it is
-        self.stem = nnx.Dict(conv=conv(3, 8, 3, rngs), norm=BatchNorm(8, rngs=rngs))
-        self.blocks = nnx.List([Block(8, 8, 1, rngs), Block(8, 12, 2, rngs)])
-        self.head = nnx.data(
-            (nnx.Linear(12, 12, rngs=rngs), nnx.BatchNorm(12, rngs=rngs))
-        )
+        self.stem = nnx.Dict(block=Block(nnx.BatchNorm, 3, 4, rngs))
+        self.blocks = nnx.List([Block(n, 4, 4, rngs) for n in (BatchNorm, BatchRenorm)])
+        self.head = nnx.data((nnx.Linear(4, 5, rngs=rngs), nnx.BatchNorm(5, rngs=rngs)))
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
     def __call__(self, x):
-        x = nnx.relu(self.stem["norm"](self.stem["conv"](x - self.pixels)))
-        x = call(self.blocks[0], x)
-        x = nnx.remat(lambda block, x: block(x))(self.blocks[1], x)
-        x = self.dropout(x.mean((1, 2)))
-        return self.head[1](self.head[0](x))
+        x = self.stem["block"](x - self.pixels)
+        y = call(self.blocks[0], x)
+        x += nnx.remat(lambda block, x: block(x))(self.blocks[1], y)
+        return self.head[1](self.head[0](self.dropout(x.mean((1, 2)))))
 
 
 def noisy(model, seed=0):
@@ -80,25 +63,19 @@ def noisy(model, seed=0):
 
 
 def check_folded(model, x, pairs):
-    y, smaller = model(x), fold(model, pairs)
-    assert abs(smaller(x) - y).max() <= 1e-5 * abs(y).max()
-    np.testing.assert_array_equal(model(x), y)
+    y, smaller = call(model, x), fold(model, pairs)
+    assert abs(call(smaller, x) - y).max() <= 1e-5 * abs(y).max()
+    np.testing.assert_array_equal(call(model, x), y)
     return smaller
 
 
-def test_a_resnet_is_folded_whole():
-    model, x = (
-        noisy(ResNet(nnx.Rngs(0))),
-        jax.random.normal(jax.random.key(1), (2, 9, 9, 3)),
-    )
+def test_a_network_is_folded_whole():
+    model = noisy(ConvNet(nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 5, 3))
     pairs = find_pairs(model, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    blocks = ("stem/block", "blocks/0", "blocks/1")
     assert pairs == [
-        ("stem/conv", "stem/norm", EPSILON),
-        ("blocks/0/conv1", "blocks/0/norm1", EPSILON),
-        ("blocks/0/conv2", "blocks/0/norm2", EPSILON),
-        ("blocks/1/conv1", "blocks/1/norm1", EPSILON),
-        ("blocks/1/conv2", "blocks/1/norm2", EPSILON),
-        ("blocks/1/project/layers/0", "blocks/1/project/layers/1", EPSILON),
+        *[(f"{block}/conv", f"{block}/norm", EPSILON) for block in blocks],
         ("head/0", "head/1", EPSILON),
     ]
     assert pairs.unfoldable == {}
@@ -106,9 +83,9 @@ def test_a_resnet_is_folded_whole():
     norms = nnx.BatchNorm | BatchNorm
     assert not [m for _, m in nnx.iter_modules(smaller) if isinstance(m, norms)]
     assert jax.tree.leaves(nnx.state(smaller, nnx.BatchStat)) == []
-    assert len(inspect_statistics(model)) == 7
+    assert len(inspect_statistics(model)) == 4
     view = nnx.view(smaller, use_running_average=True, deterministic=True)
-    np.testing.assert_array_equal(view(x), smaller(x))
+    np.testing.assert_array_equal(call(view, x), call(smaller, x))
     assert find_pairs(model, x=x) == pairs  # nothing is left in the model
 
 
@@ -140,72 +117,57 @@ def write(m, x):
     return m.norm(m.kept[...])
 
 
-A = [("a", "norm", EPSILON)]
 BEFORE = [("norm", "a", EPSILON), ("norm", "b", EPSILON)]
 CASES = {
-    "after": (lambda m, x: m.norm(m.a(x)), A, None),
-    "skip": (
-        lambda m, x: (y := m.a(x)) + m.norm(y),
-        [],
-        "of a also goes to `add`",
-    ),
-    "before": (lambda m, x: m.a(y := m.norm(nnx.relu(x))) + m.b(y), BEFORE, None),
-    "tied": (
-        lambda m, x: m.norm(m.a(x)) @ m.a.kernel.T,
-        [],
-        "kernel of a also goes to",
-    ),
-    "siamese": (lambda m, x: m.norm(m.a(x)) + m.norm(m.a(-x)), A, None),
-    "two layers": (lambda m, x: m.norm(m.a(x)) + m.norm(m.b(x)), [], "of one layer"),
-    "sow": (sow, A, None),
-    "written": (write, [], "output of a also goes to the results"),
-    "mask": (lambda m, x: m.norm(m.a(x), mask=x > 0), [], "a mask"),
+    "before": (lambda m, x: m.a(y := m.norm(nnx.relu(x))) + m.b(y), BEFORE),
+    "sow": (sow, [("a", "norm", EPSILON)]),
+    "written": (write, "output of a also goes to the results"),
+    "tied": (lambda m, x: m.norm(m.a(x)) @ m.a.kernel.T, "kernel of a also goes to"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_those_whose_outputs_go_nowhere_else(name):
-    function, expected, reason = CASES[name]
+    function, expected = CASES[name]
     rngs = nnx.Rngs(0)
     a, b = (nnx.Linear(4, 4, use_bias=False, rngs=rngs) for _ in range(2))
     x = jax.random.normal(jax.random.key(1), (5, 4))
     kept = nnx.Cache(jnp.zeros_like(x))
     model = noisy(Net(function, a=a, b=b, norm=BatchNorm(4, rngs=rngs), kept=kept))
     pairs = find_pairs(model, x)
-    assert pairs == expected
-    assert pairs.unfoldable.keys() == ({"norm"} if reason else set())
-    assert reason is None or reason in pairs.unfoldable["norm"]
-    if not reason:
+    if isinstance(expected, str):
+        assert expected in pairs.unfoldable["norm"]
+    else:
+        assert pairs == expected
+        assert pairs.unfoldable == {}
         check_folded(model, x, pairs)
 
 
 def test_shared_arrays_stacks_and_other_classes_are_named():
-    rngs, x = nnx.Rngs(0), jnp.ones((3, 2, 4))
-    linear, norm = nnx.Linear(4, 4, rngs=rngs), BatchNorm(4, rngs=rngs)
-    other = nnx.Linear(4, 4, rngs=rngs)
-    other.kernel = linear.kernel
-    model = Net(lambda m, x: m.norm(m.a(x)) + m.b(x), a=linear, b=other, norm=norm)
-    model.eval()
-    assert "kernel of a also goes to b" in find_pairs(model, x).unfoldable["norm"]
-    model = Net(lambda m, x: m.norm(m.b(x)) + m.a(x), a=linear, b=other, norm=norm)
-    model.eval()
-    assert "shares its kernel" in find_pairs(model, x).unfoldable["norm"]
+    def reasons(function, **parts):
+        model = Net(function, **parts)
+        model.eval()
+        return find_pairs(model, jnp.ones((3, 2, 4))).unfoldable
+
+    rngs = nnx.Rngs(0)
+    a, b = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+    norm, twice = BatchNorm(4, rngs=rngs), Twice(4, rngs=rngs)
+    after_a = reasons(lambda m, x: m.norm(m.a(x)), a=a, norm=twice)
+    assert "has a call of its own" in after_a["norm"]
+    b.kernel, parts = a.kernel, {"a": a, "b": b, "norm": norm}
+    after_a = reasons(lambda m, x: m.norm(m.a(x)) + m.b(x), **parts)
+    assert "kernel of a also goes to b" in after_a["norm"]
+    after_b = reasons(lambda m, x: m.norm(m.b(x)) + m.a(x), **parts)
+    assert "shares its kernel" in after_b["norm"]
 
     @nnx.vmap
     def stack(rngs):
-        parts = nnx.Linear(4, 4, rngs=rngs), BatchNorm(4, rngs=rngs)
-        return nnx.Sequential(*parts)
+        return nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), BatchNorm(4, rngs=rngs))
 
     apply = nnx.vmap(lambda block, x: block(x))
-    model = Net(lambda m, x: apply(m.a, x), a=stack(nnx.Rngs(0).split(3)))
-    model.eval()
-    assert "is a stack" in find_pairs(model, x).unfoldable["a/layers/1"]
-
-    twice = Twice(4, rngs=rngs)
-    model = Net(lambda m, x: m.norm(m.a(x)), a=nnx.Linear(4, 4, rngs=rngs), norm=twice)
-    model.eval()
-    assert "has a call of its own" in find_pairs(model, x).unfoldable["norm"]
+    stacked = reasons(lambda m, x: apply(m.a, x), a=stack(nnx.Rngs(0).split(3)))
+    assert "is a stack" in stacked["a/layers/1"]
 
 
 def test_dtypes_stay_as_they_are():
@@ -219,50 +181,27 @@ def test_dtypes_stay_as_they_are():
         assert fold(model, find_pairs(model, x))(x).dtype == model(x).dtype
 
 
-def test_bad_input():
-    x = jnp.ones((3, 4))
-    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="must have a BatchNorm; got none"):
-        find_pairs(model, x)
-    for tool, *args in ((find_pairs, x), (fold, []), (load_torch, {}, {})):
-        with pytest.raises(TypeError, match=r"flax\.nnx\.Module; got int"):
-            tool(3, *args)
-    model = nnx.Sequential(*model.layers, BatchNorm(4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="arguments must be those of inference"):
-        find_pairs(model, x)
-    with pytest.raises(ValueError, match=r"pairs.*'layers/7', which has \[\]"):
-        fold(model, [("layers/7", "layers/1")])
-    with pytest.raises(TypeError, match="must be an iterable of pairs"):
-        fold(model, 3)
-
-
 def test_load_torch_fills_a_model():
     """All arrays at their places, in Flax's layout; nothing if there is an error."""
     rng = np.random.default_rng(0)
-    weight = rng.normal(size=(4, 3, 2, 2)).astype(np.float32)
+    weight = rng.normal(size=(3, 4, 2, 2)).astype(np.float32)
     scale, bias, mean, var = rng.uniform(0.5, 1, (4, 4)).astype(np.float32)
     names = {"0": "layers/0", "1": ("layers", "1")}
     theirs = {"0.weight": weight, "1.weight": scale, "1.bias": bias}
     theirs |= {"1.running_mean": mean, "1.running_var": var}
     rngs = nnx.Rngs(0)
-    conv = nnx.Conv(3, 4, (2, 2), use_bias=False, rngs=rngs)
+    conv = nnx.ConvTranspose(3, 4, (2, 2), use_bias=False, rngs=rngs)
     norm = BatchNorm(4, momentum=None, rngs=rngs)
     model = nnx.Sequential(conv, norm, nnx.relu, nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
     before = jax.tree.leaves(nnx.state(model))
     with pytest.raises(ValueError, match=r"missing in `state_dict`: .*num_batches"):
-        load_torch(model, theirs, names)
+        load_torch(model, theirs, names, conv_transpose=["0"])
     for old, new in zip(before, jax.tree.leaves(nnx.state(model)), strict=True):
         assert old is new
-    load_torch(model, theirs | {"1.num_batches_tracked": np.int64(7)}, names)
-    np.testing.assert_array_equal(conv.kernel[...], weight.transpose(2, 3, 1, 0))
+    theirs["1.num_batches_tracked"] = np.int64(7)
+    load_torch(model, theirs, names, conv_transpose=["0"])
+    flipped = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
+    np.testing.assert_array_equal(conv.kernel[...], flipped)
     for name, value in [("scale", scale), ("bias", bias), ("mean", mean), ("var", var)]:
         np.testing.assert_array_equal(getattr(norm, name)[...], value)
     assert norm.num_updates[...] == 7
-
-
-def test_load_torch_knows_transposed_convolutions():
-    model = nnx.ConvTranspose(3, 4, (2, 2), use_bias=False, rngs=nnx.Rngs(0))
-    weight = np.arange(48.0, dtype=np.float32).reshape(3, 4, 2, 2)
-    load_torch(model, {"weight": weight}, {"": ""}, conv_transpose=[""])
-    flipped = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
-    np.testing.assert_array_equal(model.kernel[...], flipped)

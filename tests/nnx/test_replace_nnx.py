@@ -1,25 +1,17 @@
 """Models with Flax's class after replace_batch_norm: the bits of models with ours."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import Orbax, assert_identical
+from checkpoints import assert_identical
 from flax import nnx
 
 import jaxbn.nnx
 from jaxbn.nnx import BatchNorm, BatchRenorm, replace_batch_norm
 
-
-@pytest.fixture(autouse=True)
-def as_flax_wants():
-    """Flax's class broadcasts ranks; optax promotes dtypes."""
-    promotion = jax.numpy_dtype_promotion("standard")
-    with jax.numpy_rank_promotion("allow"), promotion:
-        yield
+pytestmark = pytest.mark.usefixtures("as_flax_wants")
 
 
 class Block(nnx.Module):
@@ -92,22 +84,12 @@ def adam(model):
     return nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
 
-def steps(model, optimizer):
-    """All that a training step and inference then give."""
-    results = train_step(model, optimizer, draw(1))
-    y = nnx.view(model, use_running_average=True)(draw(9))
-    return results, y, nnx.state(model), nnx.state(optimizer)
-
-
 def differ(a, b):
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return any((x != y).any() for x, y in pairs)
 
 
-# --- replace_batch_norm -------------------------------------------------------------
-
-
-def test_swapped_and_edited_models_agree_to_the_bit(tmp_path):
+def test_swapped_and_edited_models_agree_to_the_bit():
     """With an optimizer made before; what compiles is equal, too."""
     edited, model = net(BatchNorm), net()
     optimizer = adam(model)
@@ -120,33 +102,25 @@ def test_swapped_and_edited_models_agree_to_the_bit(tmp_path):
         if isinstance(value, nnx.Variable):
             assert variables[path] is value
     assert nnx.graphdef(model) == nnx.graphdef(edited)
-    actual = steps(model, optimizer)
-    desired = steps(edited, adam(edited))
-    assert_identical(actual, desired)
-    assert differ(net()(draw(1)), desired[0][0])  # not Flax's to begin with
-    Orbax.save(tmp_path / "c", nnx.to_pure_dict(nnx.state(model)))
-    abstract = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(net())))
-    restored = Orbax.restore(tmp_path / "c", abstract)
-    assert_identical(restored, nnx.to_pure_dict(desired[2]))
+    desired, other = train_step(edited, adam(edited), draw(1)), net()
+    assert_identical(train_step(model, optimizer, draw(1)), desired)
+    assert_identical(nnx.state(model), nnx.state(edited))
+    assert differ(train_step(other, adam(other), draw(1)), desired)  # Flax's
 
 
-@pytest.mark.parametrize("counting", [{"momentum": None}, {"debias": True}], ids=str)
-def test_changes(counting):
-    changes = {"use_running_average": None, "running_variance": "unbiased", **counting}
-    model, options = net(), {"momentum": 0.9, "epsilon": 1e-4, **changes}
+def test_changes():
+    changes = {"use_running_average": None, "running_variance": "unbiased"}
+    options = {"momentum": None, "epsilon": 1e-4, **changes}
 
     def edited(features, rngs, **kwargs):
         return BatchNorm(features, rngs=rngs, **(kwargs | options))
 
-    replace_batch_norm(model, **options)
-    assert model.scanned.norm.num_updates.shape == (3,)
-    model.train()
-    desired = net(edited)
-    desired.train()
-    assert nnx.graphdef(model) == nnx.graphdef(desired)
+    model, abstract, desired = net(), nnx.eval_shape(net), net(edited)
+    for each in (model, abstract):
+        replace_batch_norm(each, **options)
+        assert nnx.graphdef(each) == nnx.graphdef(desired)
     assert_identical(nnx.state(model), nnx.state(desired))
-    assert_identical(steps(model, adam(model)), steps(desired, adam(desired)))
-    assert model.scanned.norm.num_updates[...].tolist() == [1, 1, 1]
+    assert model.scanned.norm.num_updates[...].tolist() == [0, 0, 0]
 
 
 def test_a_stack_on_the_last_axis_has_no_count():
@@ -187,20 +161,8 @@ def test_an_error_of_make_leaves_the_model_alone():
     assert nnx.graphdef(model) == before
 
 
-def test_a_model_of_shapes():
-    model = nnx.eval_shape(net)
-    replace_batch_norm(model, debias=True)
-    assert nnx.graphdef(model) == nnx.graphdef(nnx.eval_shape(lambda: swapped(net())))
-
-
-def swapped(model):
-    assert replace_batch_norm(model, debias=True)
-    return model
-
-
 class Heir(nnx.BatchNorm):
-    def __init__(self, features, rngs, **kwargs):
-        super().__init__(features, rngs=rngs, **kwargs)
+    pass
 
 
 class OwnCall(nnx.BatchNorm):
@@ -222,9 +184,6 @@ def test_either_changes_or_make():
         replace_batch_norm(net(), make=nnx.Sequential, momentum=0.9)
 
 
-# --- The tools ----------------------------------------------------------------------
-
-
 def tools(model):
     batches = [draw(1), draw(2)]
     layers = jaxbn.nnx.inspect_statistics(model, batches)
@@ -241,15 +200,6 @@ def test_tools_take_flax_s_class_as_it_is():
     assert_identical(new, desired[0])
     assert (rows, mask) == desired[1:]
     assert len(rows) == len(PATHS)
-
-
-def test_tools_take_a_lone_batch_norm_of_flax():
-    norm, desired = (cls(3, rngs=nnx.Rngs(0)) for cls in (nnx.BatchNorm, BatchNorm))
-    assert_identical(tools(norm)[0], tools(desired)[0])
-    assert type(norm) is nnx.BatchNorm
-
-
-# --- update_statistics --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [BatchNorm, BatchRenorm])
@@ -269,36 +219,8 @@ def test_statistics_stay_where_they_are_not_to_be_updated(cls):
     norm = nnx.view(view, update_statistics=True)
     norm(x)
     assert norm.num_updates[...] == 3
-
-
-def test_a_batch_over_devices_is_one_without_an_update_too():
-    """And of ghosts: y is that of training."""
-    x = jnp.asarray(draw(1, (4, 8, 3)))
-    for option in ({"axis_name": "devices"}, {"ghost_batch_size": 4}):
-        norm = BatchNorm(3, rngs=nnx.Rngs(0), **option)
-
-        @functools.partial(jax.vmap, axis_name="devices")
-        def both(x):
-            quiet = norm(x, update_statistics=False)  # noqa: B023
-            return quiet, nnx.clone(norm)(x)  # noqa: B023
-
-        quiet, training = jax.jit(both)(x)
-        assert_identical(quiet, training)
-        assert not norm.mean[...].any()
-
-
-def test_train_does_not_set_it():
-    model = nnx.Sequential(BatchNorm(3, rngs=nnx.Rngs(0)))
-    model.train(update_statistics=False)
-    model(draw(1))
-    assert model.layers[0].mean[...].all()
+    model = nnx.Sequential(norm)
+    model.train(update_statistics=False)  # is not heard
+    model(x)
+    assert norm.num_updates[...] == 4
     assert "update_statistics" in nnx.view_info(model)
-
-
-@pytest.mark.parametrize("value", [0, "no"])
-def test_update_statistics_is_a_python_bool(value):
-    norm = BatchNorm(3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="`update_statistics` must be"):
-        norm(draw(1), update_statistics=value)
-    with pytest.raises(TypeError, match="`update_statistics` must be"):
-        nnx.view(norm, update_statistics=value)(draw(1))
