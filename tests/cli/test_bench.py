@@ -6,10 +6,10 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
-from cases import FUSES_SUMS, fuses_sums
+from cases import FUSES_SUMS
 
-import jaxbn
 from jaxbn.__main__ import main
 from jaxbn.cli import bench as command
 from jaxbn.cli.bench import cases, layers, measure
@@ -35,7 +35,6 @@ def figures(folder):
 # What it counts
 
 
-@fuses_sums
 def test_copy_moves_two_sizes_jaxbn_ten_and_flax_keeps_more():
     x = jnp.ones((64, 16, 16, 4), "bfloat16")
     copy = measure.copy(x)
@@ -44,7 +43,8 @@ def test_copy_moves_two_sizes_jaxbn_ten_and_flax_keeps_more():
     group = Group(TINY[0], "bfloat16", "forward+backward")
     ours, flax = (measure.program(each, group, x, x) for each in ("jaxbn", "flax-fast"))
     # XLA counts all of x for the part whose mean is the shift.
-    assert 10 * x.nbytes <= ours.bytes_accessed <= 11.5 * x.nbytes
+    if FUSES_SUMS:
+        assert 10 * x.nbytes <= ours.bytes_accessed <= 11.5 * x.nbytes
     assert ours.temp_bytes < 0.01 * x.nbytes
     assert ours.residual_bytes == x.nbytes
     assert flax.residual_bytes >= 2 * x.nbytes
@@ -54,20 +54,16 @@ def test_copy_moves_two_sizes_jaxbn_ten_and_flax_keeps_more():
 
 
 def expected(x, dy, axis, num_layers):
-    """y, dx, dscale and dbias of jaxbn, in a chain."""
-    params, state = jaxbn.init(x.shape[axis])
-
-    def chain(x, params):
-        for one in params:
-            x, _ = jaxbn.batch_norm(x, one, state, train=True, axis=axis)
-        return x
-
-    @jax.jit
-    def run():
-        y, vjp = jax.vjp(chain, x, [params] * num_layers)
-        return [y, *jax.tree.leaves(vjp(dy))]
-
-    return run()
+    """y, dx, dscale and dbias of each layer of a chain."""
+    xs, gradients = [np.float64(x)], []
+    for _ in range(num_layers):
+        xs.append(oracle.forward(xs[-1], axis=axis))
+    y, dx = xs.pop(), np.float64(dy)
+    while xs:
+        steps = oracle.backward_steps(dx, xs.pop(), axis=axis)
+        dx = steps["dx"]
+        gradients += [steps["dscale"], steps["dbias"]]
+    return [y, dx, *gradients]
 
 
 def close(found, wanted, tolerance, scale=0.0):
@@ -99,16 +95,15 @@ def test_peer_computes_batch_norm(name, axis, dtype, mode):
     x, dy = (jnp.asarray(each, dtype) for each in draws)
     group = Group(Case("test", x.shape, axis), dtype, mode)
     found = measure.program(name, group, x, dy).call(x, dy)
-    [inferred] = measure.program(name, group._replace(mode="inference"), x, dy).call(
-        x, dy
-    )
+    inference = measure.program(name, group._replace(mode="inference"), x, dy)
+    [inferred] = inference.call(x, dy)
     wanted = expected(x, dy, axis, group.num_layers)
     if name == "torch":
         found = [of_torch(each, axis) for each in found]
     else:
         assert (inferred.dtype, inferred.shape) == (x.dtype, x.shape)
         assert found[0].dtype == x.dtype
-        wanted.append(0.1 * jaxbn.batch_moments(x, axis=axis).mean)  # the momentum
+        wanted.append(0.1 * oracle.moments(np.float64(x), axis=axis)[1])  # the momentum
     # Through several layers only rounding is left of dx and dscale.
     scale = float(jnp.abs(dy).max()) if mode == "chain" else 0.0
     tolerance = {"float32": 1e-4, "bfloat16": 0.03}[dtype]

@@ -65,12 +65,6 @@ def test_metrics_are_of_every_step(short_run):
         assert row["steps_to_90_percent"] == min(good, default=None)
 
 
-def test_loss_that_is_not_finite_is_null(diverged_run, tmp_path):
-    assert None in metrics(diverged_run)["results"]["none"]["training_loss"]
-    folder = shutil.copytree(diverged_run, tmp_path / "run")
-    assert train("--resume", "--out", folder) == 0
-
-
 @pytest.mark.parametrize(
     ("data", "train_size", "test_size", "side"),
     [("digits", 1437, 360, 8), ("mnist", 4000, 1000, 28)],

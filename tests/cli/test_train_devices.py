@@ -1,6 +1,5 @@
 """`jaxbn train` over several devices, and in several processes."""
 
-import os
 import signal
 import socket
 import time
@@ -16,21 +15,17 @@ pytestmark = pytest.mark.processes
 ENDLESS = (*SHORT[:-1], 10**6)
 
 
-def free_address():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{sock.getsockname()[1]}"
-
-
 @pytest.fixture
 def join():
-    """Start processes of one run, each with one CPU device; none outlives the test."""
+    """Start both processes of a run, each with one CPU device; none outlives it all."""
     started = []
 
-    def start(number, *flags, address=None, own=((), ()), **env):
-        address = address or free_address()
-        for i in range(number):
-            words = ("--join", address, number, i, *flags, *own[i])
+    def start(*flags, own=((), ()), **env):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{sock.getsockname()[1]}"
+        for i in range(2):
+            words = ("--join", address, 2, i, *flags, *own[i])
             started.append(runs.start("", *words, **{"XLA_FLAGS": "", **env}))
         return started
 
@@ -82,7 +77,7 @@ def test_two_processes_train_and_resume_as_one(short_run, tmp_path, join):
     nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     folder = tmp_path / "run"
     flags = (*SHORT[:-1], 1, "--out", folder, "--devices", 2)
-    for i, process in enumerate(join(2, *flags, **nowhere)):
+    for i, process in enumerate(join(*flags, **nowhere)):
         code, out, err = end(process)
         assert (code, err) == (0, "")
         assert ("test accuracy" in out) == (i == 0)
@@ -96,16 +91,9 @@ def test_two_processes_train_and_resume_as_one(short_run, tmp_path, join):
     assert {path.name for path in folder.iterdir()} == names
 
 
-def test_one_process_needs_no_other(short_run, tmp_path, join):
-    flags = (*SHORT, "--out", tmp_path / "run")
-    [process] = join(1, *flags, XLA_FLAGS=os.environ["XLA_FLAGS"])
-    assert end(process)[0] == 0
-    runs.assert_same_bits(tmp_path / "run", short_run)
-
-
 def test_ctrl_c_in_one_process_stops_both(tmp_path, join):
     folder = tmp_path / "run"
-    first, second = processes = join(2, *ENDLESS, "--out", folder)
+    first, second = processes = join(*ENDLESS, "--out", folder)
     wait_for_checkpoint(folder, processes)
     second.send_signal(signal.SIGINT)
     code, out, err = end(first)
@@ -118,7 +106,7 @@ def test_ctrl_c_in_one_process_stops_both(tmp_path, join):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_none_outlives_a_process_that_is_killed(victim, tmp_path, join):
     folder = tmp_path / "run"
-    processes = join(2, *ENDLESS, "--out", folder)
+    processes = join(*ENDLESS, "--out", folder)
     wait_for_checkpoint(folder, processes)
     processes[victim].kill()
     code, _, err = end(processes[1 - victim], seconds=120)
@@ -132,17 +120,8 @@ def test_none_outlives_a_process_that_is_killed(victim, tmp_path, join):
 
 def test_processes_must_agree(tmp_path, join):
     own = (("--seed", 0), ("--seed", 1))
-    for process in join(2, *SHORT, "--out", tmp_path / "run", own=own):
+    for process in join(*SHORT, "--out", tmp_path / "run", own=own):
         code, _, err = end(process)
         assert code == 2
         line = "jaxbn train: error: the processes differ in flags, or in what --out"
         assert line in err
-
-
-def test_port_that_is_taken_is_said(tmp_path, join):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        [process] = join(1, "--out", tmp_path / "run", address=address)
-        code, _, err = end(process)
-    assert code != 0
-    assert address in err
