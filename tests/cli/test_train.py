@@ -30,21 +30,23 @@ from jaxbn.cli.training import Mesh, Settings, Trainer, batches, load_digits
 
 
 @pytest.mark.parametrize(
-    ("flags", "least"),
+    ("flags", "running", "batch"),
     [
-        pytest.param([], 0.98, marks=pytest.mark.processes),  # the README's command
-        (["--epochs", 4], 0.92),
+        pytest.param([], 0.98, 0.98, marks=pytest.mark.processes),  # as in the README
+        (["--epochs", 3], 0.85, 0.95),
     ],
 )
-def test_run_shows_what_batch_norm_is_for(flags, least, tmp_path, monkeypatch, capsys):
+def test_run_shows_what_batch_norm_is_for(
+    flags, running, batch, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert train(*flags) == 0
     folder = tmp_path / "runs" / "cnn"
     rows = metrics(folder)["results"]
     assert list(rows) == ["jaxbn", "none"]
     ours = rows["jaxbn"]
-    assert ours["test_accuracy_running_statistics"] >= least
-    assert ours["test_accuracy_batch_statistics"] >= 0.98
+    assert ours["test_accuracy_running_statistics"] >= running
+    assert ours["test_accuracy_batch_statistics"] >= batch
     without = rows["none"]["steps_to_90_percent"]
     assert without is None or ours["steps_to_90_percent"] <= without / 2
     out = capsys.readouterr().out
