@@ -30,6 +30,11 @@ def variables(short_run):
     return jax.tree.map(np.array, {"params": state[0], "batch_stats": state[1]})
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(inspect, "draw", lambda *args: None)
+
+
 def look(*words):
     return main(["inspect", *map(str, words)])
 
@@ -42,7 +47,11 @@ def figures(file):
 
 
 @pytest.mark.parametrize(("name", "how"), [*zip(LAYERS, SPOILED, strict=True)])
-def test_command_names_the_spoiled_layer_first(short_run, tmp_path, capsys, name, how):
+def test_command_names_the_spoiled_layer_first(
+    name, how, short_run, tmp_path, monkeypatch, capsys
+):
+    if how != "not a number":  # of which no axis has a place
+        monkeypatch.setattr(inspect, "draw", lambda *args: None)
     settings, _, trainers = restored(short_run)
     stats = trainers["jaxbn"].state.batch_stats[name]
     stats["mean"], stats["var"] = SPOILED[how](stats["mean"], stats["var"])
@@ -59,8 +68,6 @@ def test_command_names_the_spoiled_layer_first(short_run, tmp_path, capsys, name
     true_ones = accuracy["true ones in all layers"]
     assert accuracy["running statistics"] < true_ones - 0.1
     assert accuracy["true ones in the worst layer"] > true_ones - 0.1
-    png = (tmp_path / "jaxbn.inspect.png").read_bytes()
-    assert png.startswith(b"\x89PNG")
 
 
 def test_healthy_run_is_said_to_be(short_run, tmp_path, capsys):
@@ -71,12 +78,11 @@ def test_healthy_run_is_said_to_be(short_run, tmp_path, capsys):
     assert "all healthy: 3 batch norms" in out
     assert all(name in out for name in LAYERS)
     assert figures(tmp_path / "new" / "a.json")["layers"][0]["mean_kl"] < 0.5
-    assert (tmp_path / "b.png").exists()
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert files(short_run) == before
 
 
-def test_run_of_other_norms(short_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inspect, "draw", lambda *args: None)
+def test_run_of_other_norms(short_run, no_picture, tmp_path, capsys):
     settings, _, trainers = restored(short_run)
     trainers["flax"] = trainers.pop("jaxbn")
     for norm in (("none",), ("none", "flax")):
@@ -107,11 +113,13 @@ def test_network_that_diverged_is_not_healthy(tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(f"{name}: what it is given is not finite" in out for name in LAYERS)
     assert "healthy" not in out
+    png = (tmp_path / "jaxbn.inspect.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("deep", [1, 12])
 def test_narrow_terminal_has_whole_names(
-    deep, variables, tmp_path, monkeypatch, capsys
+    deep, variables, no_picture, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("COLUMNS", "60")
     name = "/".join(["ResidualBlock_1"] * deep)
