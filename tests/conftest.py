@@ -62,3 +62,10 @@ def optimizations(request):
 def optimize(on):
     jax.config.update("jax_disable_most_optimizations", not on)
     jax.clear_caches()  # JAX would take what it has, whichever it is
+
+
+@pytest.fixture
+def lenient():
+    """Let other people's code promote dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -13,12 +13,12 @@ import pytest
 
 from jaxbn.__main__ import main
 from jaxbn.cli.session import Checkpoints
-from jaxbn.cli.training import Mesh, Trainer, load_digits
+from jaxbn.cli.training import Mesh, Settings, Trainer, load_digits
 
 HERE = Path(__file__).parent
 
-# Two networks, 2 epochs of 23 steps each: a second or two, most of it compilation.
-SHORT = ("--model", "mlp", "--epochs", 2)
+# Two networks, 2 epochs of 22 steps each: a second or two, most of it compilation.
+SHORT = ("--model", "mlp", "--batch-size", 64, "--epochs", 2)
 
 
 def train(*flags: object) -> int:
@@ -55,6 +55,17 @@ def refusal(
     return error
 
 
+def interrupted(
+    capsys: pytest.CaptureFixture[str], command: str, *flags: object, code: int = 130
+) -> None:
+    """What a command ends with that was stopped before it had anything to write."""
+    with pytest.raises(SystemExit) as caught:
+        main([command, *map(str, flags)])
+    assert caught.value.code == code
+    line = f"jaxbn {command}: interrupted; nothing was written yet\n"
+    assert capsys.readouterr().err == line
+
+
 def metrics(folder: Path) -> dict:
     def refuse(constant: str):
         raise AssertionError(f"{constant} is not JSON")
@@ -67,13 +78,19 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All that the last checkpoint holds: what was seen, and the states by norm."""
+def restored(folder: Path) -> tuple[Settings, dict[str, Any], dict[str, Trainer]]:
+    """The last checkpoint: the settings, what was seen, and the networks by norm."""
     kept = Checkpoints(folder)
     settings, seen = kept.load()
     data, mesh = load_digits(settings.data), Mesh(jax.local_devices()[:1])
     trainers = {norm: Trainer(settings, norm, data, mesh) for norm in settings.norm}
     kept.restore(trainers, seen)
+    return settings, seen, trainers
+
+
+def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that the last checkpoint holds: what was seen, and the states by norm."""
+    _, seen, trainers = restored(folder)
     return seen, {norm: trainer.state for norm, trainer in trainers.items()}
 
 

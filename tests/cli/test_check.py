@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 
 from jaxbn.__main__ import main
@@ -11,10 +10,9 @@ from jaxbn.cli import check
 
 
 @pytest.mark.exhaustive
-def test_all_is_well_on_eight_devices(tmp_path, capsys):
+def test_all_is_well_on_eight_devices(lenient, tmp_path, capsys):
     file = tmp_path / "new" / "check.json"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert main(["check", "--json", str(file)]) == 0
+    assert main(["check", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("comparing this machine's batch norms")
     assert "FAILED" not in out
@@ -58,28 +56,3 @@ def test_a_planted_error_is_found(monkeypatch, capsys, name, planted, setting, m
     out = capsys.readouterr().out
     assert "FAILED: float32" in out
     assert message in out
-
-
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def pressed(num_devices):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(check, "cases", pressed)
-    with pytest.raises(SystemExit) as caught:
-        main(["check"])
-    assert caught.value.code == 130
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "flags", [["--devices", "0"], ["--what"], ["--json", "."], ["--json", "/proc/x/y"]]
-)
-def test_wrong_flags_are_one_line(flags, capsys):
-    """Before anything is computed."""
-    with pytest.raises(SystemExit) as caught:
-        main(["check", *flags])
-    assert caught.value.code == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.count("\n") == 1
-    assert flags[0] in error

@@ -13,9 +13,6 @@ from jaxbn.cli import reproduce, training
 from jaxbn.cli.reproduce import EXPERIMENTS, batches
 
 EVERY_VARIANT = [variant for each in EXPERIMENTS.values() for variant in each.variants]
-FEW = {
-    n: dataclasses.replace(EVERY_VARIANT[0], batch_size=32, classes=n) for n in (1, 2)
-}
 
 
 def run(*words):
@@ -27,34 +24,27 @@ def digits():
     return training.load_digits()
 
 
-# Batches and settings
-
-
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("epoch", [0, 7])
-def test_batches_have_so_many_classes(digits, classes, epoch):
-    labels, variant = digits.train_labels, FEW[classes]
+def test_batches_have_so_many_classes_in_no_order(digits, classes, epoch):
+    labels, variant = digits.train_labels, EVERY_VARIANT[0]
+    variant = dataclasses.replace(variant, batch_size=32, classes=classes)
     indices = batches(labels, variant, 3, epoch)
     assert indices.shape == batches(labels, variant, 4, 0).shape
     assert indices.shape[1] == 32
     assert len(np.unique(indices)) == indices.size  # no example twice
-    for row in labels[indices]:
+    rows = labels[indices]
+    for row in rows:
         assert list(Counter(row.tolist()).values()) == [32 // classes] * classes
+        # Both halves hold both classes: ghost batches are no poorer.
+        assert len(np.unique(row[:16])) == classes
+    assert (np.diff(rows[:, 0]) == 0).mean() < 0.3
     # Every class, and nearly all examples.
-    assert set(labels[indices].ravel()) == set(range(10))
+    assert set(rows.ravel()) == set(range(10))
     assert indices.size > 0.85 * len(labels)
     np.testing.assert_array_equal(indices, batches(labels, variant, 3, epoch))
     assert (indices != batches(labels, variant, 3, epoch + 1)).any()
     assert (indices != batches(labels, variant, 4, epoch)).any()
-
-
-def test_batches_of_few_classes_come_in_no_order(digits):
-    labels = digits.train_labels
-    rows = labels[batches(labels, FEW[1], 0, 0)][:, 0]
-    assert (np.diff(rows) == 0).mean() < 0.3
-    # Both halves of a batch hold both classes: ghost batches are no poorer.
-    rows = labels[batches(labels, FEW[2], 0, 0)]
-    assert all(len(set(row[:16].tolist())) == 2 for row in rows)
 
 
 def test_renorm_and_ghost_batches_differ_from_batch_norm_in_nothing_else():
@@ -70,15 +60,12 @@ def test_renorm_and_ghost_batches_differ_from_batch_norm_in_nothing_else():
 
 
 def test_ramps_are_shares_of_the_run():
-    [variant] = [each for each in EVERY_VARIANT if each.norm == "renorm"][:1]
+    variant = next(each for each in EVERY_VARIANT if each.norm == "renorm")
     layer = reproduce.norm_layer(variant, 3200)()
     at = np.array([0, 100, 500, 800, 3200])
     np.testing.assert_allclose(layer.d_max(at), [0, 0, 5, 5, 5])
     want = [1, 1, 1 + 2 * 400 / 700, 3, 3]
     np.testing.assert_allclose(layer.r_max(at), want, rtol=1e-6)
-
-
-# What it prints and writes
 
 
 def test_momentum_decides_on_running_statistics_alone(tmp_path, capsys):
@@ -101,14 +88,13 @@ def test_momentum_decides_on_running_statistics_alone(tmp_path, capsys):
     assert "Wu & Johnson" in out
 
 
-def test_one_class_shows_in_a_tenth_of_its_epochs(digits):
+def test_one_class_shows_in_its_first_epochs(digits):
     """What the whole run is for: renorm at least 10 points above batch norm."""
     shares = {}
     for variant in EXPERIMENTS["one-class"].variants[:2]:
-        short = dataclasses.replace(variant, epochs=16)
-        *_, last = reproduce.train(short, digits, seeds=2, every_epoch=False)
-        assert last is not None
-        shares[variant.norm] = np.mean(last["running"])
+        short = dataclasses.replace(variant, epochs=12)
+        *_, last = reproduce.train(short, digits, seeds=1, every_epoch=False)
+        [shares[variant.norm]] = last["running"]
     assert shares["renorm"] >= shares["batch"] + 0.1
 
 
@@ -129,35 +115,3 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "62.5 (50.0–75.0)" in out
     assert "interrupted" in out
-
-
-def test_ctrl_c_before_anything_is_one_line(tmp_path, monkeypatch, capsys):
-    def fake(*_args):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(training, "load_digits", fake)
-    with pytest.raises(SystemExit) as caught:
-        run("momentum", "--json", tmp_path / "kept.json")
-    assert caught.value.code == 130
-    assert "nothing was written yet" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["two-class"],
-        ["one-class", "--seeds", "0"],
-        ["one-class", "--json", "."],
-        ["one-class", "--json", "/proc/x/figures.json"],
-    ],
-)
-def test_refusals_are_one_line(capsys, words):
-    with pytest.raises(SystemExit) as caught:
-        run(*words)
-    out, error = capsys.readouterr()
-    assert (caught.value.code, out) == (2, "")
-    assert error.startswith("jaxbn reproduce: error: ")
-    assert error.count("\n") == 1
-    assert words[1:2] == [] or words[1] in error
