@@ -123,6 +123,18 @@ def test_hessian(x64, case, derivative):
         assert_same(got, want)
 
 
+@pytest.mark.parametrize("derivative", ["vjp", "jvp"])
+def test_third_derivative(x64, derivative):
+    """The slope of the Hessian, which is tested above."""
+    p = Problem(Case("column", (4, 1)), derivative)
+    hessian = jax.jit(jax.jacrev(jax.grad(p.loss)))
+    third = jax.jit(
+        jax.grad(lambda at: jnp.vdot(jax.jacrev(jax.grad(p.loss))(at) @ p.along, at))
+    )
+    want = slope(hessian, p.at, p.along) @ p.at + hessian(p.at) @ p.along
+    np.testing.assert_allclose(third(p.at), want, atol=1e-5)
+
+
 def test_default_has_no_forward_mode(x64):
     p = Problem(Case("matrix", (3, 2)), "vjp")
 

@@ -11,6 +11,36 @@ import pytest
 import jaxbn
 
 
+def test_collapsed_rule_equals_the_six_steps_term_by_term():
+    """The identities that stand above the rule, each on its own."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 11, 4)) * 3 + 5
+    scale = rng.uniform(0.5, 2, 4)
+    s = oracle.backward_steps(dy, x, scale)
+    _, mean, var = oracle.moments(x)
+    rstd = (var + 1e-5) ** -0.5
+    x_hat = (x - mean) * rstd
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    np.testing.assert_allclose(s["dvar"], -0.5 * scale * rstd**2 * s["dscale"], **close)
+    np.testing.assert_allclose(s["dmean"], -scale * rstd * s["dbias"], **close)
+    parts = {
+        "dx_hat / std": (s["dx_hat"] * rstd, scale * rstd * dy),
+        "dvar": (
+            s["dvar"] * 2 * (x - mean) / 11,
+            -scale * rstd * x_hat * s["dscale"] / 11,
+        ),
+        "dmean": (s["dmean"] / 11, -scale * rstd * s["dbias"] / 11),
+    }
+    for six, one in parts.values():
+        np.testing.assert_allclose(six, one, **close)
+    with jax.enable_x64(True):
+        _, cache = jaxbn.forward(x, scale, None)
+        dx, dscale, _ = jaxbn.backward(dy, cache)
+    np.testing.assert_allclose(dx, sum(one for _, one in parts.values()), **close)
+    np.testing.assert_allclose(dx, s["dx"], **close)
+    np.testing.assert_allclose(dscale, s["dscale"], **close)
+
+
 @pytest.mark.parametrize("real_params", [True, False])
 def test_complex(real_params):
     """Against JAX's own differentiation of the plain formula, in complex128."""
