@@ -67,6 +67,20 @@ def resnet(x):
     return nn.relu(y + Norm()(nn.Conv(12, (1, 1), 2, use_bias=False)(x)))
 
 
+def mobilenet(x):
+    y = nn.relu6(Norm()(Conv((1, 1))(x)))
+    y = nn.relu6(Norm()(Conv((3, 3), feature_group_count=6)(y)))
+    return x + Norm()(Conv((1, 1))(y))
+
+
+def densenet(x):
+    for _ in range(2):
+        y = Conv((1, 1))(nn.relu(Norm()(x)))
+        y = Conv((3, 3))(nn.relu(Norm()(y)))
+        x = jnp.concatenate([x, y], -1)
+    return Dense()(Norm()(x).mean((1, 2)))
+
+
 def skip(x):
     y = Dense()(x)
     return y + Norm()(y)
@@ -159,6 +173,7 @@ MASKED_CONV = P(Conv, (1, 1), mask=jnp.eye(6)[None, None])
 TWO_AXES = P(nn.DenseGeneral, (3, 4), axis=(-2, -1))
 FOLDED = {
     "resnet": (resnet, [pair(f"Conv_{i}", f"BatchNorm_{i}") for i in range(4)]),
+    "mobilenet": (mobilenet, [pair(f"Conv_{i}", f"BatchNorm_{i}") for i in range(3)]),
     "siamese": (siamese, [DENSE]),
     "before": (before(Dense), [BEFORE]),
     "before two": (
@@ -253,6 +268,13 @@ def test_pairs_are_found_and_folding_them_changes_nothing(name):
     assert pairs == expected
     assert pairs.unfoldable == {}
     check_folded(Model(function), pairs, 1e-3 if name == "casts" else 1e-5)
+
+
+def test_a_densenet_is_folded_where_its_layers_come_first():
+    pairs = find_pairs(Model(densenet), SHAPE)
+    assert pairs == [pair("Conv_0", "BatchNorm_1"), pair("Conv_2", "BatchNorm_3")]
+    assert pairs.unfoldable.keys() == {f"BatchNorm_{i}" for i in (0, 2, 4)}
+    check_folded(Model(densenet), pairs)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -63,10 +63,20 @@ def stacked(block):
     return nn.scan(block, axes, split_rngs=split, length=3)
 
 
+def ensemble(block):
+    """Two, each with statistics of its own, and their mean."""
+    axes, split = {"params": 0, "batch_stats": 0}, {"params": True}
+    options = {"variable_axes": axes, "split_rngs": split, "axis_size": 2}
+    wide = nn.vmap(block, in_axes=None, **options)
+    return lambda norm: lambda x, _: (wide(norm)(x, None)[0].mean(0), None)
+
+
 NETS = {
     "bfloat16": functools.partial(Net, dtype=jnp.bfloat16),
     "jit": functools.partial(Net, transform=nn.jit),
+    "remat": functools.partial(Net, transform=nn.remat),
     "scan": functools.partial(Net, transform=stacked),
+    "vmap": functools.partial(Net, transform=ensemble),
     "setup": Setup,
     "jitted norm": lambda norm: Net(nn.jit(norm)),
     "remat norm": lambda norm: Net(nn.remat(norm)),
@@ -212,6 +222,16 @@ def test_interceptors_and_intermediates_see_each_call_once(order):
     with first, second:
         assert_identical(apply(model), desired)
     assert [(nn.BatchNorm if c is BatchNorm else c, m) for c, m in before] == seen
+
+
+def test_tabulate_shows_the_same_table():
+    def table(norm):
+        options = {"console_kwargs": {"width": 300}, "compute_flops": True}
+        return nn.tabulate(Setup(norm), jax.random.key(0), **options)(draw(0))
+
+    with replace_batch_norm():
+        assert table(nn.BatchNorm) == table(BatchNorm)
+    assert table(nn.BatchNorm) != table(BatchNorm)  # in operations
 
 
 class Heir(nn.BatchNorm):
