@@ -593,6 +593,20 @@ def test_layer_goes_on_training_there_and_here(
 
 
 @pytest.mark.peers
+def test_equinox_debiases_in_float64(lenient):
+    x = np.float64(batches(1, 1)[0])
+    with jax.enable_x64(True):
+        mean, var = jnp.arange(FEATURES) / 3, 1 + jnp.arange(FEATURES) / 7
+        there = Equinox(1, False)
+        there.put(Params(None, None), jaxbn.State(mean, var, jnp.int32(7)))
+        got = there.call(x, False)
+        state = there.read()[1]
+    want = oracle.normalize(x, mean, var, axis=1, epsilon=there.epsilon)
+    np.testing.assert_allclose(got, want, rtol=1e-13)
+    np.testing.assert_allclose(state.mean, mean, rtol=1e-15)
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("peer", [Haiku, Equinox])
 def test_layer_of_another_shape_is_refused(peer, affine, lenient):
