@@ -29,14 +29,6 @@ if "JAXBN_GUESS" in os.environ:
     guess.force()
 
 
-@pytest.fixture
-def as_flax_wants():
-    """Flax's classes broadcast ranks, and promote dtypes."""
-    promotion = jax.numpy_dtype_promotion("standard")
-    with jax.numpy_rank_promotion("allow"), promotion:
-        yield
-
-
 QUICK = jax.config.read("jax_disable_most_optimizations")
 # They keep LLVM's optimizations: what they hold to is digits.
 OPTIMIZED = {
@@ -69,3 +61,13 @@ def lenient():
     """Let other people's code promote dtypes and ranks."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """A finished run to look at or to copy; nothing is written to it."""
+    from runs import SHORT, train  # its hook for errors is to come after pytest's
+
+    folder = tmp_path_factory.mktemp("short") / "run"
+    assert train(*SHORT, "--out", folder) == 0
+    return folder

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbn.linen import BatchNorm, BatchRenorm, recalibrate, weight_decay_mask
 
-pytestmark = pytest.mark.usefixtures("as_flax_wants")
+pytestmark = pytest.mark.usefixtures("lenient")
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(3, 2, (60, 5)).astype(np.float32)
 LAYERS = [f"BatchNorm_{i}" for i in range(3)]

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jaxbn
 from jaxbn.linen import BatchNorm, BatchRenorm
 
-pytestmark = pytest.mark.usefixtures("as_flax_wants")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 class Net(nn.Module):

@@ -75,7 +75,7 @@ def test_fields_are_flax_fields_then_ours():
         assert getattr(BatchNorm, name) == getattr(nn.BatchNorm, name)
 
 
-@pytest.mark.usefixtures("as_flax_wants")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in PARITY], **case_ids)
 def test_parity_with_flax(case):
     """Variables, values, gradients and statistics; inference too."""
@@ -104,7 +104,7 @@ def test_parity_with_flax(case):
         jax.tree.map(close, gradients, flax_gradients)
 
 
-@pytest.mark.usefixtures("as_flax_wants")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32, jnp.int32, jnp.float64])
 def test_dtypes_are_flax_dtypes(x_dtype):
     table = [
@@ -204,7 +204,7 @@ REAL = np.eye(4, 3, dtype=np.float32)
 INTEGERS = np.arange(40).reshape(8, 5) + 2**40
 
 
-@pytest.mark.usefixtures("as_flax_wants")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     ("options", "x", "dtype", "desired"),
     [

@@ -13,7 +13,7 @@ from checkpoints import assert_identical
 import jaxbn.linen
 from jaxbn.linen import BatchNorm, BatchRenorm, replace_batch_norm
 
-pytestmark = pytest.mark.usefixtures("as_flax_wants")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 class Block(nn.Module):

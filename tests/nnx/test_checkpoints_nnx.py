@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxbn.nnx import BatchNorm, BatchRenorm
 
-pytestmark = pytest.mark.usefixtures("as_flax_wants")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def make(cls=BatchNorm, **options):

@@ -23,7 +23,7 @@ from jaxbn.nnx import BatchNorm, BatchRenorm
 
 OURS = ["running_variance", "debias", "derivative", "ghost_batch_size"]
 # Flax's own layers broadcast across ranks.
-lax_ranks = pytest.mark.usefixtures("as_flax_wants")
+lax_ranks = pytest.mark.usefixtures("lenient")
 
 
 def draw(*shape, mean=0.0, seed=0):

@@ -11,7 +11,7 @@ from flax import nnx
 import jaxbn.nnx
 from jaxbn.nnx import BatchNorm, BatchRenorm, replace_batch_norm
 
-pytestmark = pytest.mark.usefixtures("as_flax_wants")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 class Block(nnx.Module):
