@@ -248,7 +248,7 @@ def test_the_bits_of_linen(case):
         ({"r_max": 3.0, "d_max": 5.0}, "f4"),
         ({"r_max": lambda t: 1 + jnp.arange(5.0), "d_max": lambda t: t}, "f4"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else value,
 )
 def test_the_bits_of_linen_with(kwargs, x_dtype):
     x, dy = draw(8, 5, mean=100).astype(x_dtype), draw(8, 5, seed=1)
