@@ -45,7 +45,7 @@ def test_copy_moves_two_sizes_jaxbn_ten_and_flax_keeps_more():
     # XLA counts all of x for the part whose mean is the shift.
     if FUSES_SUMS:
         assert 10 * x.nbytes <= ours.bytes_accessed <= 11.5 * x.nbytes
-    assert ours.temp_bytes < 0.01 * x.nbytes
+        assert ours.temp_bytes < 0.01 * x.nbytes
     assert ours.residual_bytes == x.nbytes
     assert flax.residual_bytes >= 2 * x.nbytes
 
