@@ -63,6 +63,15 @@ def test_sound_statistics_diverge_nowhere(sound):
         assert each.dead == each.scale_near_zero == each.not_finite == []
 
 
+def test_batches_are_pooled(sound):
+    x, variables = sound
+    layers = inspect_statistics(variables, Net(), [x[:50], (x[50:],)], train=True)
+    by_name = {each.name: each for each in layers}
+    # Only what the first layer is given is the same for any split.
+    assert by_name[LAYERS[0]].kl.max() < 1e-9
+    assert 1e-9 < by_name[LAYERS[2]].kl.max() < 0.1
+
+
 @pytest.mark.parametrize("how", SPOILED.values(), ids=SPOILED)
 def test_spoiled_layer_is_named_first_and_alone(sound, how):
     x, variables = sound

@@ -160,6 +160,34 @@ def test_old_traces_are_not_used(net, changes, function):
                 assert_identical(a, b)
 
 
+def test_it_acts_inside_a_jitted_function():
+    model, traces = Setup(nn.BatchNorm), []
+    variables = init(model)
+
+    @jax.jit
+    def swapped(variables, x):
+        traces.append(1)
+        with replace_batch_norm():
+            return train(model, variables, x)
+
+    args = variables, draw(1)
+    desired = jax.jit(train, static_argnums=0)(Setup(BatchNorm), *args)
+    for _ in range(2):
+        assert_identical(swapped(*args), desired)
+    with replace_batch_norm(momentum=0.5):  # another key of jit, and another momentum
+        assert distance(swapped(*args), desired) > 0
+    assert len(traces) == 2
+
+
+def test_an_error_inside_is_the_one_that_is_seen():
+    x = draw(1, (4, 3))
+    model, edited = nn.BatchNorm(False), BatchNorm(False)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ZeroDivisionError), replace_batch_norm():
+        raise ZeroDivisionError
+    assert distance(*(forward(each, variables, x) for each in (model, edited))) > 0
+
+
 def test_changes_are_those_fields_of_the_edited_model():
     changes = {"momentum": 0.5, "ghost_batch_size": 2, "running_variance": "unbiased"}
     model = Setup(nn.BatchNorm)
