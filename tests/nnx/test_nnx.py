@@ -266,6 +266,11 @@ def test_masks_as_in_numpy_and_integers():
     assert_close(y, oracle.forward(x, mask=whole), jnp.float32, 8)
 
 
+def test_complex_x_needs_complex_statistics():
+    with pytest.raises(TypeError, match="`state.mean` .*param_dtype=jnp.complex64"):
+        make(4)(draw(8, 4).astype(complex))
+
+
 def test_limits_of_renorm_are_not_in_the_state():
     names = pure(make(2, BatchRenorm, r_max=2.0, d_max=lambda t: t)).keys()
     assert names == {"scale", "bias", "mean", "var", "num_updates"}
@@ -448,11 +453,13 @@ def test_recalibrate_leaves_modes_and_counts_and_random_streams():
     assert_statistics(net.norm, DATA)
 
 
-def test_recalibrate_with_masks_and_keyword_batches():
+@pytest.mark.parametrize("sequential", [False, True])
+def test_recalibrate_with_masks_and_keyword_batches(sequential):
     norm, mask = make(4, use_running_average=True), np.arange(60)[:, None] % 4 > 0
     x = jnp.where(mask, DATA, jnp.nan)
     batches = [{"x": x[s], "mask": mask[s]} for s in (np.s_[:9], np.s_[9:])]
-    jaxbn.nnx.recalibrate(norm, batches, use_running_average=True)
+    options = {"sequential": sequential, "use_running_average": True}
+    jaxbn.nnx.recalibrate(norm, batches, **options)
     assert_statistics(norm, DATA, mask)
 
 
