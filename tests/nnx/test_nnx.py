@@ -267,7 +267,7 @@ def test_masks_as_in_numpy_and_integers():
 
 
 def test_complex_x_needs_complex_statistics():
-    with pytest.raises(TypeError, match="`state.mean` .*param_dtype=jnp.complex64"):
+    with pytest.raises(TypeError, match=r"`state\.mean` .*param_dtype=jnp.complex64"):
         make(4)(draw(8, 4).astype(complex))
 
 
