@@ -174,6 +174,18 @@ def test_mask_broadcasts_as_in_numpy(mask):
     assert_close(stats["var"], np.where(n > 0, var, 1), jnp.float32, 24)
 
 
+def test_devices_with_unequal_masks_share_a_batch():
+    """Of two, one counts four rows and the other one: Flax averages their means."""
+    x, mask = X[:8].reshape(2, 4, 3), np.arange(8).reshape(2, 4, 1) < 5
+    norm = BatchNorm(momentum=0.0, axis_name="d")
+    each = functools.partial(train, norm, init(norm, x[0]))
+    y, stats = jax.vmap(each, axis_name="d")(x, mask)
+    _, mean, var = oracle.moments(X[:5])
+    assert_close(y.reshape(8, 3)[:5], oracle.forward(X[:5]), jnp.float32, 5)
+    for name, want in (("mean", mean), ("var", var)):
+        assert_close(stats[name], np.stack([want, want]), jnp.float32, 5)
+
+
 @pytest.mark.parametrize("options", [{"momentum": None}, {"debias": True}])
 def test_update_count_only_where_a_mode_needs_it(options):
     norm = BatchNorm(**options)

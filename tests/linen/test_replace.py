@@ -131,6 +131,12 @@ def test_swapped_and_edited_models_agree_to_the_bit(net):
     assert_identical(actual, desired)
 
 
+@pytest.mark.parametrize("net", ["scan", "vmap", "remat"])
+def test_under_flax_s_transforms_the_numbers_are_flax_s(net):
+    ours, flax_s = (steps(NETS[net](norm)) for norm in (BatchNorm, nn.BatchNorm))
+    assert distance(ours, flax_s) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("net", "changes", "function"),
     [
