@@ -432,9 +432,16 @@ def test_dtype_rounds_no_statistics():
 DATA = draw(60, 4, mean=3)
 
 
-def test_recalibrate_leaves_modes_and_counts_and_random_streams():
-    """Renorm normalizes plainly there."""
+def test_recalibrate_normalizes_plainly_on_one_device():
+    first = make(4, BatchRenorm, axis_name="d", r_max=3.0, d_max=5.0)
+    net = nnx.Sequential(first, jnp.tanh, make(4))
+    jaxbn.nnx.recalibrate(net, [DATA])
+    assert_statistics(net.layers[2], np.tanh(oracle.forward(DATA)))
+    with pytest.raises(ValueError, match="each of `batches` needs more than one"):
+        jaxbn.nnx.recalibrate(net, [DATA[:1]])
 
+
+def test_recalibrate_leaves_modes_and_counts_and_random_streams():
     class Noisy(nnx.Module):
         def __init__(self, rngs):
             self.norm = BatchRenorm(4, rngs=rngs)
