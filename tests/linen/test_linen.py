@@ -237,6 +237,18 @@ def test_modules_are_the_functions(norm, function, static, updates):
     assert norm.apply(variables, X[:5], True).shape == (5, 3)
 
 
+def test_the_residual_of_a_bfloat16_x_is_x():
+    norm, x = BatchNorm(False), jnp.ones((512, 16), jnp.bfloat16)
+    variables = norm.init(KEY, x)
+
+    def apply(x):
+        return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+    vjp = jax.eval_shape(lambda x: jax.vjp(apply, x)[1], x)
+    big = [a.dtype for a in jax.tree.leaves(vjp) if a.size >= x.size]
+    assert big == [jnp.bfloat16]
+
+
 def test_another_number_of_features_is_refused():
     norm = BatchNorm(use_scale=False, use_bias=False)
     with pytest.raises(ValueError, match=r"one entry per feature.*got \(3,\)"):
