@@ -164,6 +164,8 @@ def test_model_that_is_a_batch_norm(sound):
     assert found.path == ()
     assert found.name == "(the model itself)"
     assert found.kl.min() > 1
+    [found] = inspect_statistics(norm.init(jax.random.key(0), x), norm, [x * np.nan])
+    assert found.data is found.kl is found.worst_channel is None
 
 
 def test_refusals(sound):
