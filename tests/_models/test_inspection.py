@@ -145,7 +145,8 @@ def test_std_is_lost_where_the_threshold_says(dtype):
 
 
 def test_without_data_layers_are_in_order(sound):
-    layers = inspect_statistics(sound[1])
+    layers = inspect_statistics(sound[1], epsilon=0.5)
+    assert {each.epsilon for each in layers} == {0.5}
     assert [each.path for each in layers] == [(name,) for name in LAYERS]
     assert [each.num_features for each in layers] == [8, 6, 4]
 
