@@ -15,8 +15,10 @@ import jaxbn.linen
 import jaxbn.nnx
 
 
-def test_import_brings_no_flax():
-    code = "import sys, jaxbn; assert 'flax' not in sys.modules, 'flax'"
+def test_import_brings_no_framework():
+    others = {"flax", "torch", "keras", "haiku", "equinox", "tensorflow"}
+    code = "import sys, jaxbn; jaxbn.convert.load_torch\n"
+    code += f"found = {others} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -63,6 +63,15 @@ def test_sound_statistics_diverge_nowhere(sound):
         assert each.dead == each.scale_near_zero == each.not_finite == []
 
 
+def test_batches_are_pooled(sound):
+    x, variables = sound
+    layers = inspect_statistics(variables, Net(), [x[:50], (x[50:],)], train=True)
+    by_name = {each.name: each for each in layers}
+    # Only what the first layer is given is the same for any split.
+    assert by_name[LAYERS[0]].kl.max() < 1e-9
+    assert 1e-9 < by_name[LAYERS[2]].kl.max() < 0.1
+
+
 @pytest.mark.parametrize("how", SPOILED.values(), ids=SPOILED)
 def test_spoiled_layer_is_named_first_and_alone(sound, how):
     x, variables = sound
@@ -136,7 +145,8 @@ def test_std_is_lost_where_the_threshold_says(dtype):
 
 
 def test_without_data_layers_are_in_order(sound):
-    layers = inspect_statistics(sound[1])
+    layers = inspect_statistics(sound[1], epsilon=0.5)
+    assert {each.epsilon for each in layers} == {0.5}
     assert [each.path for each in layers] == [(name,) for name in LAYERS]
     assert [each.num_features for each in layers] == [8, 6, 4]
 
@@ -155,6 +165,8 @@ def test_model_that_is_a_batch_norm(sound):
     assert found.path == ()
     assert found.name == "(the model itself)"
     assert found.kl.min() > 1
+    [found] = inspect_statistics(norm.init(jax.random.key(0), x), norm, [x * np.nan])
+    assert found.data is found.kl is found.worst_channel is None
 
 
 def test_refusals(sound):

@@ -19,6 +19,7 @@ REFUSALS = {
     "train --data cifar": "--data",
     "train --norm layer": "--norm",
     "train --norm": "--norm",
+    "train --epochs 0": "--epochs",
     "train --epochs 2.5": "--epochs",
     "train --batch-size 1": "--batch-size",
     "train --learning-rate 0": "--learning-rate",
@@ -45,6 +46,7 @@ REFUSALS = {
     "inspect a_file --png .": "argument --png: . is a folder",
     "reproduce": "experiment",
     "reproduce two-class": "two-class",
+    "reproduce one-class --seeds 0": "--seeds",
     "reproduce one-class --json /proc/x/y": "--json",
 }
 

@@ -133,6 +133,9 @@ def test_a_count_that_the_checkpoint_lacks(net, format_, tmp_path):
     assert jax.tree.structure(complete) == jax.tree.structure(shapes)
     assert complete["batch_stats"]["stack"]["num_updates"].tolist() == [0, 0, 0]
     assert_identical(infer(net, complete), infer(OURS, variables))
+    # A count that is not wanted is left alone, by Flax's class too.
+    assert_identical(infer(OURS, complete), infer(OURS, variables))
+    assert_identical(infer(FLAX_S, complete), infer(FLAX_S, variables))
     # Without that line Linen begins the count at the first update: the same in the end.
     assert_identical(infer(net, restored), infer(OURS, variables))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

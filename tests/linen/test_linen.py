@@ -1,6 +1,7 @@
 """linen.BatchNorm: what a drop-in for Flax's keeps, and Flax's defects, gone."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,8 @@ import oracle
 import pytest
 from cases import CASES, assert_close, case_ids
 
-from jaxbn.linen import BatchNorm
+import jaxbn
+from jaxbn.linen import BatchNorm, BatchRenorm
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (64, 3)) * 5 + 9
@@ -172,6 +174,18 @@ def test_mask_broadcasts_as_in_numpy(mask):
     assert_close(stats["var"], np.where(n > 0, var, 1), jnp.float32, 24)
 
 
+def test_devices_with_unequal_masks_share_a_batch():
+    """Of two, one counts four rows and the other one: Flax averages their means."""
+    x, mask = X[:8].reshape(2, 4, 3), np.arange(8).reshape(2, 4, 1) < 5
+    norm = BatchNorm(momentum=0.0, axis_name="d")
+    each = functools.partial(train, norm, init(norm, x[0]))
+    y, stats = jax.vmap(each, axis_name="d")(x, mask)
+    _, mean, var = oracle.moments(X[:5])
+    assert_close(y.reshape(8, 3)[:5], oracle.forward(X[:5]), jnp.float32, 5)
+    for name, want in (("mean", mean), ("var", var)):
+        assert_close(stats[name], np.stack([want, want]), jnp.float32, 5)
+
+
 @pytest.mark.parametrize("options", [{"momentum": None}, {"debias": True}])
 def test_update_count_only_where_a_mode_needs_it(options):
     norm = BatchNorm(**options)
@@ -194,6 +208,47 @@ def test_running_variance_and_derivative_reach_the_kernel():
     np.testing.assert_allclose(tangent, 0, atol=1e-4 * float(abs(y).max()))
 
 
+GHOSTS = {"ghost_batch_size": 16}
+LIMITS = {"r_max": lambda t: 1 + t, "d_max": lambda t: 2 * t}
+RAMPS = {"r_max": jaxbn.ramp_r_max, "d_max": jaxbn.ramp_d_max}
+
+
+@pytest.mark.parametrize(
+    ("norm", "function", "static", "updates"),
+    [
+        (BatchNorm(**GHOSTS), jaxbn.ghost_batch_norm, GHOSTS, 0),
+        (BatchRenorm(**LIMITS), jaxbn.batch_renorm, LIMITS, 1),
+        (BatchRenorm(), jaxbn.batch_renorm, RAMPS, 15_000),
+    ],
+    ids=["ghosts", "limits by the count", "default limits"],
+)
+def test_modules_are_the_functions(norm, function, static, updates):
+    variables = norm.init(KEY, X[:1], False)  # a batch of one, without ghosts
+    params, state = jaxbn.init(3)
+    state = state._replace(num_updates=jnp.int32(updates))
+    if "num_updates" in variables["batch_stats"]:
+        variables["batch_stats"]["num_updates"] = state.num_updates
+    y, stats = train(norm, variables, X)
+    step = functools.partial(function, train=True, momentum=0.99, **static)
+    want, new = jax.jit(step)(X, params, state)
+    np.testing.assert_array_equal(y, want)
+    for name, value in stats.items():
+        np.testing.assert_array_equal(value, getattr(new, name))
+    assert norm.apply(variables, X[:5], True).shape == (5, 3)
+
+
+def test_the_residual_of_a_bfloat16_x_is_x():
+    norm, x = BatchNorm(False), jnp.ones((512, 16), jnp.bfloat16)
+    variables = norm.init(KEY, x)
+
+    def apply(x):
+        return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+    vjp = jax.eval_shape(lambda x: jax.vjp(apply, x)[1], x)
+    big = [a.dtype for a in jax.tree.leaves(vjp) if a.size >= x.size]
+    assert big == [jnp.bfloat16]
+
+
 def test_another_number_of_features_is_refused():
     norm = BatchNorm(use_scale=False, use_bias=False)
     with pytest.raises(ValueError, match=r"one entry per feature.*got \(3,\)"):
@@ -201,6 +256,7 @@ def test_another_number_of_features_is_refused():
 
 
 REAL = np.eye(4, 3, dtype=np.float32)
+COMPLEX = REAL + np.complex64(1j) * REAL[::-1]
 INTEGERS = np.arange(40).reshape(8, 5) + 2**40
 
 
@@ -211,8 +267,9 @@ INTEGERS = np.arange(40).reshape(8, 5) + 2**40
         ({"dtype": jnp.float64}, INTEGERS, "f8", INTEGERS),
         ({"param_dtype": jnp.complex64}, REAL, "c8", REAL),
         ({"dtype": jnp.float32}, REAL + np.complex64(1j), "f4", REAL),
+        ({}, COMPLEX, "c8", COMPLEX),
     ],
-    ids=["integers in the precision of dtype", "complex parameters", "real part"],
+    ids=["integers in the precision of dtype", "complex parameters", "real part", "x"],
 )
 def test_input_and_dtype_of_different_kinds(options, x, dtype, desired):
     with jax.enable_x64(dtype == "f8"):

@@ -131,6 +131,12 @@ def test_swapped_and_edited_models_agree_to_the_bit(net):
     assert_identical(actual, desired)
 
 
+@pytest.mark.parametrize("net", ["scan", "vmap", "remat"])
+def test_under_flax_s_transforms_the_numbers_are_flax_s(net):
+    ours, flax_s = (steps(NETS[net](norm)) for norm in (BatchNorm, nn.BatchNorm))
+    assert distance(ours, flax_s) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("net", "changes", "function"),
     [
@@ -160,6 +166,34 @@ def test_old_traces_are_not_used(net, changes, function):
                 assert_identical(a, b)
 
 
+def test_it_acts_inside_a_jitted_function():
+    model, traces = Setup(nn.BatchNorm), []
+    variables = init(model)
+
+    @jax.jit
+    def swapped(variables, x):
+        traces.append(1)
+        with replace_batch_norm():
+            return train(model, variables, x)
+
+    args = variables, draw(1)
+    desired = jax.jit(train, static_argnums=0)(Setup(BatchNorm), *args)
+    for _ in range(2):
+        assert_identical(swapped(*args), desired)
+    with replace_batch_norm(momentum=0.5):  # another key of jit, and another momentum
+        assert distance(swapped(*args), desired) > 0
+    assert len(traces) == 2
+
+
+def test_an_error_inside_is_the_one_that_is_seen():
+    x = draw(1, (4, 3))
+    model, edited = nn.BatchNorm(False), BatchNorm(False)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ZeroDivisionError), replace_batch_norm():
+        raise ZeroDivisionError
+    assert distance(*(forward(each, variables, x) for each in (model, edited))) > 0
+
+
 def test_changes_are_those_fields_of_the_edited_model():
     changes = {"momentum": 0.5, "ghost_batch_size": 2, "running_variance": "unbiased"}
     model = Setup(nn.BatchNorm)
@@ -183,7 +217,8 @@ def test_statistics_over_devices():
     desired = step(BatchNorm(use_running_average=False, **groups))
     with replace_batch_norm(**groups):
         assert_identical(step(model), desired)
-    assert distance(step(model), desired) > 0
+    for other in (model, BatchNorm(False, axis_name="devices")):
+        assert distance(step(other), desired) > 0
 
 
 def test_a_change_that_counts_updates():

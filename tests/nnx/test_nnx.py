@@ -164,6 +164,8 @@ def test_one_element_warns_once_and_returns_the_bias(cls, kwargs):
 
 
 def test_one_element_in_each_ghost_batch_or_device():
+    with pytest.raises(ValueError, match="`axis_name` 'd' is not bound"):
+        make(4, axis_name="d")(draw(1, 4))
     with pytest.raises(ValueError, match="more than one element"):
         make(4, ghost_batch_size=1)(draw(8, 4))
     norm = make(4, axis_name="d", momentum=0.0)
@@ -257,6 +259,18 @@ def test_the_bits_of_linen_with(kwargs, x_dtype):
     )
 
 
+def test_masks_as_in_numpy_and_integers():
+    x, mask = np.arange(32).reshape(8, 4) ** 2 % 7, np.array([1, 0, 1, 1])
+    whole = np.broadcast_to(mask, x.shape) > 0
+    y = make(4)(x, mask=mask)
+    assert_close(y, oracle.forward(x, mask=whole), jnp.float32, 8)
+
+
+def test_complex_x_needs_complex_statistics():
+    with pytest.raises(TypeError, match=r"`state\.mean` .*param_dtype=jnp.complex64"):
+        make(4)(draw(8, 4).astype(complex))
+
+
 def test_limits_of_renorm_are_not_in_the_state():
     names = pure(make(2, BatchRenorm, r_max=2.0, d_max=lambda t: t)).keys()
     assert names == {"scale", "bias", "mean", "var", "num_updates"}
@@ -280,6 +294,19 @@ def test_forward_mode():
     y, tangent = jax.jvp(f, (x,), (x,))
     # y does not see the scale of x: along x it does not move.
     np.testing.assert_allclose(tangent, 0, atol=1e-4 * float(abs(y).max()))
+
+
+@lax_ranks
+def test_training_under_remat():
+    def gradients(call):
+        block = Block(nnx.Rngs(0))
+        loss = nnx.grad(lambda block, x: (call(block, x) * jnp.sin(x)).sum())
+        return nnx.to_pure_dict(nnx.jit(loss)(block, DATA)), pure(block)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    remat, plain = map(gradients, (nnx.remat(Block.__call__), Block.__call__))
+    jax.tree.map(close, remat, plain)
+    assert (remat[1]["norm"]["mean"] != 0).all()
 
 
 @lax_ranks
@@ -405,9 +432,16 @@ def test_dtype_rounds_no_statistics():
 DATA = draw(60, 4, mean=3)
 
 
-def test_recalibrate_leaves_modes_and_counts_and_random_streams():
-    """Renorm normalizes plainly there."""
+def test_recalibrate_normalizes_plainly_on_one_device():
+    first = make(4, BatchRenorm, axis_name="d", r_max=3.0, d_max=5.0)
+    net = nnx.Sequential(first, jnp.exp, make(4))
+    jaxbn.nnx.recalibrate(net, [DATA])
+    assert_statistics(net.layers[2], np.exp(oracle.forward(DATA)))
+    with pytest.raises(ValueError, match="each of `batches` needs more than one"):
+        jaxbn.nnx.recalibrate(net, [DATA[:1]])
 
+
+def test_recalibrate_leaves_modes_and_counts_and_random_streams():
     class Noisy(nnx.Module):
         def __init__(self, rngs):
             self.norm = BatchRenorm(4, rngs=rngs)
@@ -424,6 +458,16 @@ def test_recalibrate_leaves_modes_and_counts_and_random_streams():
     assert net.norm.use_running_average is False
     assert net.dropout.rngs.count[...] == count
     assert_statistics(net.norm, DATA)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_recalibrate_with_masks_and_keyword_batches(sequential):
+    norm, mask = make(4, use_running_average=True), np.arange(60)[:, None] % 4 > 0
+    x = jnp.where(mask, DATA, jnp.nan)
+    batches = [{"x": x[s], "mask": mask[s]} for s in (np.s_[:9], np.s_[9:])]
+    options = {"sequential": sequential, "use_running_average": True}
+    jaxbn.nnx.recalibrate(norm, batches, **options)
+    assert_statistics(norm, DATA, mask)
 
 
 def test_recalibrate_gives_a_shared_layer_both_calls():

@@ -122,6 +122,8 @@ CASES = {
     "before": (lambda m, x: m.a(y := m.norm(nnx.relu(x))) + m.b(y), BEFORE),
     "sow": (sow, [("a", "norm", EPSILON)]),
     "written": (write, "output of a also goes to the results"),
+    "skip": (lambda m, x: (y := m.a(x)) + m.norm(y), "of a also goes to `add`"),
+    "mask": (lambda m, x: m.norm(m.a(x), mask=x > 0), "a mask"),
     "tied": (lambda m, x: m.norm(m.a(x)) @ m.a.kernel.T, "kernel of a also goes to"),
 }
 
@@ -179,6 +181,15 @@ def test_dtypes_stay_as_they_are():
         model = nnx.Sequential(half, norm)
         model.eval()
         assert fold(model, find_pairs(model, x))(x).dtype == model(x).dtype
+
+
+def test_bad_input():
+    rngs, x = nnx.Rngs(0), jnp.ones((3, 4))
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs))
+    with pytest.raises(ValueError, match="must have a BatchNorm; got none"):
+        find_pairs(model, x)
+    with pytest.raises(ValueError, match="arguments must be those of inference"):
+        find_pairs(nnx.Sequential(*model.layers, BatchNorm(4, rngs=rngs)), x)
 
 
 def test_load_torch_fills_a_model():

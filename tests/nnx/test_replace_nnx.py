@@ -202,6 +202,29 @@ def test_tools_take_flax_s_class_as_it_is():
     assert len(rows) == len(PATHS)
 
 
+def test_tools_take_a_lone_batch_norm_of_flax():
+    norm, edited = (cls(3, rngs=nnx.Rngs(0)) for cls in (nnx.BatchNorm, BatchNorm))
+    (state, rows, mask), desired = tools(norm), tools(edited)
+    assert_identical(state, desired[0])
+    assert (rows, mask) == desired[1:]
+    assert type(norm) is nnx.BatchNorm
+
+
+@pytest.mark.parametrize(
+    "option", [{"axis_name": "devices"}, {"ghost_batch_size": 4}], ids=str
+)
+def test_without_an_update_a_batch_over_devices_or_of_ghosts_is_the_same(option):
+    norm = BatchNorm(3, rngs=nnx.Rngs(0), **option)
+
+    def both(x):
+        return norm(x, update_statistics=False), nnx.clone(norm)(x)
+
+    x = jnp.asarray(draw(1, (4, 8, 3)))
+    quiet, training = jax.jit(jax.vmap(both, axis_name="devices"))(x)
+    assert_identical(quiet, training)
+    assert not norm.mean[...].any()
+
+
 @pytest.mark.parametrize("cls", [BatchNorm, BatchRenorm])
 def test_statistics_stay_where_they_are_not_to_be_updated(cls):
     norm, x = cls(3, momentum=None, rngs=nnx.Rngs(0)), jnp.asarray(draw(1))
