@@ -186,7 +186,7 @@ def check_state(
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
         raise TypeError(
             f"`state.mean` must be complex for {x_name} of dtype {x.dtype}; got "
-            f"{mean.dtype} (jaxbn.init(..., param_dtype=jnp.complex64) makes it so)"
+            f"{mean.dtype} (make it with param_dtype=jnp.complex64)"
         )
     num_updates = _checks.as_array("state.num_updates", state.num_updates)
     if num_updates.shape != () or num_updates.dtype not in (jnp.int32, jnp.int64):
