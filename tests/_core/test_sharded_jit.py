@@ -65,9 +65,7 @@ def with_gradients(norm, x, params, dy, *rest):
 
 
 def assert_same(got, want):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want
-    )
+    jax.tree.map(lambda a, b: assert_close(a, b, jnp.float32, ROWS), got, want)
 
 
 def sharded_as_whole(kind, specs, norm, *args, like=None):
