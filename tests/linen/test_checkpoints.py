@@ -107,8 +107,14 @@ def test_what_was_trained_is_restored_into_shapes(write, read, format_, tmp_path
 @pytest.mark.parametrize("format_", [Orbax, MessagePack])
 def test_params_and_state(format_, tmp_path):
     """NamedTuples come back as such; a None, complex and bfloat16 as they were."""
-    half = jaxbn.init(4, use_bias=False, param_dtype=jnp.bfloat16)
-    tree = {"norm": half, "complex": jaxbn.init((2, 3), param_dtype=jnp.complex64)}
+    params, state = jaxbn.init(4, use_bias=False, param_dtype=jnp.bfloat16)
+    _, state = jaxbn.batch_norm(
+        jnp.arange(8.0).reshape(2, 4), params, state, train=True
+    )
+    tree = {
+        "norm": (params, state),
+        "complex": jaxbn.init((2, 3), param_dtype=jnp.complex64),
+    }
     format_.save(tmp_path / "c", tree)
     restored = format_.restore(tmp_path / "c", shapes_of(tree))
     assert_identical(restored, tree)
